@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: Apache-2.0
+use serde::{Deserialize, Serialize};
+
+/// Why a connection stays where it is. A refusal is a choice, not a failure: the connection works on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Refusal {
+    // Decided by the routers.
+    NoRuleMatches,
+    PeerSaysNo,
+    HostAddress,
+    NoPeerHost,
+    PeerUnreachable,
+    PeerUnknownsConnection,
+    PeerGone,
+    NotAccepted,
+    HostPathFailed,
+    ForwarderGone,
+    Stopping,
+    // Found by the forwarder before anything is stopped.
+    NotEstablished,
+    ForeignNamespace,
+    UnseenReference,
+    HolderBusy,
+    HolderTraced,
+    Holder32Bit,
+    NoInjectionRoom,
+    IoUring,
+    KernelTls,
+    Mptcp,
+    TcpSignature,
+    SocketFilter,
+    PeekOffset,
+    UnknownOption,
+    NotParked,
+    // Found while frozen: aborted, nothing was changed.
+    FreezeBudget,
+    NotSettled,
+    NotTheSameConnection,
+    HalfClosed,
+    UrgentData,
+    TooManyUnreadBytes,
+    OneShotFired,
+    NoFreeDescriptor,
+    HolderVanished,
+    InjectionFailed,
+    PeerAborted,
+    UnfinishedCall,
+}
+
+impl Refusal {
+    /// Every variant, in the order of the enum.
+    pub const ALL: [Refusal; 38] = {
+        use Refusal::*;
+        [
+            NoRuleMatches,
+            PeerSaysNo,
+            HostAddress,
+            NoPeerHost,
+            PeerUnreachable,
+            PeerUnknownsConnection,
+            PeerGone,
+            NotAccepted,
+            HostPathFailed,
+            ForwarderGone,
+            Stopping,
+            NotEstablished,
+            ForeignNamespace,
+            UnseenReference,
+            HolderBusy,
+            HolderTraced,
+            Holder32Bit,
+            NoInjectionRoom,
+            IoUring,
+            KernelTls,
+            Mptcp,
+            TcpSignature,
+            SocketFilter,
+            PeekOffset,
+            UnknownOption,
+            NotParked,
+            FreezeBudget,
+            NotSettled,
+            NotTheSameConnection,
+            HalfClosed,
+            UrgentData,
+            TooManyUnreadBytes,
+            OneShotFired,
+            NoFreeDescriptor,
+            HolderVanished,
+            InjectionFailed,
+            PeerAborted,
+            UnfinishedCall,
+        ]
+    };
+
+    /// A short name for tables, JSON and metrics.
+    pub fn label(self) -> &'static str {
+        self.words().0
+    }
+
+    /// One sentence for a person.
+    pub fn sentence(self) -> &'static str {
+        self.words().1
+    }
+
+    /// May another attempt, a moment later, succeed without anything being changed?
+    pub fn is_passing(self) -> bool {
+        use Refusal::*;
+        matches!(
+            self,
+            HolderBusy
+                | FreezeBudget
+                | NotSettled
+                | TooManyUnreadBytes
+                | OneShotFired
+                | HolderVanished
+                | PeerAborted
+                | UnfinishedCall
+                | UnseenReference
+                | HostPathFailed
+                | HolderTraced
+                | UrgentData
+        )
+    }
+
+    fn words(self) -> (&'static str, &'static str) {
+        use Refusal::*;
+        match self {
+            NoRuleMatches => ("no_rule_matches", "no rule asks for this connection to be swapped"),
+            PeerSaysNo => {
+                ("peer_says_no", "no rule at the other host asks for this connection to be swapped")
+            }
+            HostAddress => ("host_address", "one of the addresses is loopback or belongs to a host"),
+            NoPeerHost => ("no_peer_host", "no host is known that holds the other end"),
+            PeerUnreachable => ("peer_unreachable", "the other host's router does not answer"),
+            PeerUnknownsConnection => {
+                ("peer_unknown", "the other host's router does not know this connection")
+            }
+            PeerGone => ("peer_gone", "the other host's router went away while the swap was being agreed"),
+            NotAccepted => ("not_accepted", "the server has not accepted the connection yet"),
+            HostPathFailed => {
+                ("host_path_failed", "the connection between the hosts could not be made or was lost")
+            }
+            ForwarderGone => ("forwarder_gone", "the forwarder of this host does not answer"),
+            Stopping => ("stopping", "the router is stopping"),
+            NotEstablished => ("not_established", "the connection is not established any more"),
+            ForeignNamespace => {
+                ("foreign_namespace", "the socket does not belong to the container's own network")
+            }
+            UnseenReference => (
+                "unseen_reference",
+                "something that cannot be seen holds the socket, such as a descriptor in flight or io_uring",
+            ),
+            HolderBusy => {
+                ("holder_busy", "a process that holds the socket is in another swap at this moment")
+            }
+            HolderTraced => {
+                ("holder_traced", "a process that holds the socket is being traced by another program")
+            }
+            Holder32Bit => ("holder_32bit", "a process that holds the socket is not a 64-bit x86 process"),
+            NoInjectionRoom => {
+                ("no_injection_room", "a process that holds the socket has no room at the end of its vDSO")
+            }
+            IoUring => ("io_uring", "the socket is used through io_uring"),
+            KernelTls => ("ulp", "an upper layer protocol such as kernel TLS is attached to the socket"),
+            Mptcp => ("mptcp", "the socket is MPTCP"),
+            TcpSignature => ("tcp_signature", "the socket uses TCP-MD5 or TCP-AO"),
+            SocketFilter => ("socket_filter", "a filter is attached to the socket"),
+            PeekOffset => ("peek_offset", "the socket uses SO_PEEK_OFF"),
+            UnknownOption => {
+                ("unknown_option", "the socket has an option that the host socket could not be given")
+            }
+            NotParked => ("not_parked", "the overlay socket is not parked any more, so there is no way back"),
+            FreezeBudget => ("freeze_budget", "the processes could not be stopped within the time allowed"),
+            NotSettled => ("not_settled", "data was still in flight when the time allowed was over"),
+            NotTheSameConnection => (
+                "not_the_same_connection",
+                "the sequence numbers say that the two sockets are not the ends of one connection",
+            ),
+            HalfClosed => ("half_closed", "one side has closed its direction"),
+            UrgentData => ("urgent_data", "urgent data is on its way"),
+            TooManyUnreadBytes => {
+                ("too_many_unread_bytes", "the application left more bytes unread than can be carried over")
+            }
+            OneShotFired => (
+                "oneshot_fired",
+                "a one-shot epoll registration has fired and the application is handling it",
+            ),
+            NoFreeDescriptor => {
+                ("no_free_descriptor", "a process that holds the socket has no free descriptors")
+            }
+            HolderVanished => {
+                ("holder_vanished", "a process that holds the socket ended or changed its descriptors")
+            }
+            InjectionFailed => ("injection_failed", "the sockets could not be put into a process"),
+            PeerAborted => ("peer_aborted", "the other end gave the swap up"),
+            UnfinishedCall => {
+                ("unfinished_call", "a thread is in the middle of a call that cannot be continued later")
+            }
+        }
+    }
+}
+
+impl std::fmt::Display for Refusal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.sentence())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Refusal;
+
+    #[test]
+    fn every_refusal_has_a_label_of_its_own() {
+        let labels: std::collections::BTreeSet<_> =
+            Refusal::ALL.iter().map(|refusal| refusal.label()).collect();
+        assert_eq!(labels.len(), Refusal::ALL.len());
+    }
+}
