@@ -22,6 +22,7 @@ pub enum Refusal {
     UnseenReference,
     HolderBusy,
     HolderTraced,
+    HolderStopped,
     Holder32Bit,
     NoInjectionRoom,
     IoUring,
@@ -40,6 +41,7 @@ pub enum Refusal {
     UrgentData,
     TooManyUnreadBytes,
     OneShotFired,
+    EpollUnreachable,
     NoFreeDescriptor,
     HolderVanished,
     InjectionFailed,
@@ -49,7 +51,7 @@ pub enum Refusal {
 
 impl Refusal {
     /// Every variant, in the order of the enum.
-    pub const ALL: [Refusal; 38] = {
+    pub const ALL: [Refusal; 40] = {
         use Refusal::*;
         [
             NoRuleMatches,
@@ -68,6 +70,7 @@ impl Refusal {
             UnseenReference,
             HolderBusy,
             HolderTraced,
+            HolderStopped,
             Holder32Bit,
             NoInjectionRoom,
             IoUring,
@@ -85,6 +88,7 @@ impl Refusal {
             UrgentData,
             TooManyUnreadBytes,
             OneShotFired,
+            EpollUnreachable,
             NoFreeDescriptor,
             HolderVanished,
             InjectionFailed,
@@ -113,12 +117,14 @@ impl Refusal {
                 | NotSettled
                 | TooManyUnreadBytes
                 | OneShotFired
+                | EpollUnreachable
                 | HolderVanished
                 | PeerAborted
                 | UnfinishedCall
                 | UnseenReference
                 | HostPathFailed
                 | HolderTraced
+                | HolderStopped
                 | UrgentData
         )
     }
@@ -157,6 +163,7 @@ impl Refusal {
             HolderTraced => {
                 ("holder_traced", "a process that holds the socket is being traced by another program")
             }
+            HolderStopped => ("holder_stopped", "a process that holds the socket is stopped by job control"),
             Holder32Bit => ("holder_32bit", "a process that holds the socket is not a 64-bit x86 process"),
             NoInjectionRoom => {
                 ("no_injection_room", "a process that holds the socket has no room at the end of its vDSO")
@@ -185,6 +192,10 @@ impl Refusal {
             OneShotFired => (
                 "oneshot_fired",
                 "a one-shot epoll registration has fired and the application is handling it",
+            ),
+            EpollUnreachable => (
+                "epoll_unreachable",
+                "the socket is registered in an epoll set that no holder of it can change",
             ),
             NoFreeDescriptor => {
                 ("no_free_descriptor", "a process that holds the socket has no free descriptors")

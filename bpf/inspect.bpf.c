@@ -1,0 +1,285 @@
+// SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause
+// Looks at sockets, and only looks: what a descriptor of the forwarder refers to, who holds it in any process, and
+// how far its sequence numbers are. Nothing here changes a socket, unlike TCP_REPAIR, which would.
+#include "vmlinux.h"
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_tracing.h>
+
+#include "inspect.h"
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";
+
+#define AF_INET 2
+#define AF_INET6 10
+#define S_IFMT 00170000
+#define S_IFSOCK 0140000
+#define SOCK_STREAM 1
+#define TCP_LISTEN 10
+
+/* One slot for each transaction thread of the forwarder. */
+#define MAX_SLOTS 64
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, MAX_SLOTS);
+	__type(key, __u32);
+	__type(value, struct socket_facts);
+} sockets SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, MAX_SLOTS);
+	__type(key, __u32);
+	__type(value, struct table_facts);
+} tables SEC(".maps");
+
+/* Makes libbpf-cargo write the type of the iterator's records. */
+struct descriptor _descriptor = {};
+
+/* struct file counts its references in f_count up to Linux 6.12 and in f_ref (one less than the count) since. */
+struct file___since_6_13 {
+	struct {
+		atomic64_t refcnt;
+	} f_ref;
+} __attribute__((preserve_access_index));
+
+struct file___until_6_12 {
+	atomic_long_t f_count;
+} __attribute__((preserve_access_index));
+
+/* The TCP-AO option came with 6.7; TCP-MD5 can be configured out. */
+struct tcp_sock___signed {
+	void *md5sig_info;
+	void *ao_info;
+} __attribute__((preserve_access_index));
+
+/* A pidfd keeps its struct pid in the inode since 6.9 (pidfs), in the file before. */
+static __always_inline __u64 file_refs(struct file *file)
+{
+	struct file___since_6_13 *now = (void *)file;
+	struct file___until_6_12 *before = (void *)file;
+
+	if (bpf_core_field_exists(now->f_ref))
+		return BPF_CORE_READ(now, f_ref.refcnt.counter) + 1;
+	return BPF_CORE_READ(before, f_count.counter);
+}
+
+static __always_inline struct file *file_of_fd(__u32 fd)
+{
+	struct task_struct *task = (void *)bpf_get_current_task();
+	struct fdtable *table = BPF_CORE_READ(task, files, fdt);
+	struct file **slots, *file = NULL;
+
+	if (fd >= BPF_CORE_READ(table, max_fds))
+		return NULL;
+	slots = BPF_CORE_READ(table, fd);
+	bpf_probe_read_kernel(&file, sizeof(file), slots + fd);
+	return file;
+}
+
+static __always_inline struct sock *tcp_sock_of(struct file *file)
+{
+	struct socket *socket;
+	struct sock *sk;
+	__u16 family;
+
+	if ((BPF_CORE_READ(file, f_inode, i_mode) & S_IFMT) != S_IFSOCK)
+		return NULL;
+	socket = BPF_CORE_READ(file, private_data);
+	sk = BPF_CORE_READ(socket, sk);
+	if (!sk)
+		return NULL;
+	family = BPF_CORE_READ(sk, __sk_common.skc_family);
+	if (family != AF_INET && family != AF_INET6)
+		return NULL;
+	if (BPF_CORE_READ(sk, sk_protocol) != IPPROTO_TCP || BPF_CORE_READ(sk, sk_type) != SOCK_STREAM)
+		return NULL;
+	return sk;
+}
+
+static __always_inline void read_watchers(struct socket_facts *facts, struct file *file)
+{
+	struct hlist_head *head = BPF_CORE_READ(file, f_ep);
+	struct hlist_node *node = head ? BPF_CORE_READ(head, first) : NULL;
+	__u32 count = 0;
+
+	for (int i = 0; i < MAX_WATCHERS && node; i++) {
+		struct epitem *item = (void *)node - bpf_core_field_offset(struct epitem, fllink);
+		struct watcher *watcher = &facts->watchers[i];
+
+		watcher->epoll = (__u64)BPF_CORE_READ(item, ep);
+		watcher->fd = BPF_CORE_READ(item, ffd.fd);
+		/* struct epoll_event is packed, its fields are read by their own relocations. */
+		watcher->events = BPF_CORE_READ(item, event.events);
+		watcher->data = BPF_CORE_READ(item, event.data);
+		node = BPF_CORE_READ(node, next);
+		count++;
+	}
+	facts->watcher_count = count;
+	facts->watchers_left_out = node != NULL;
+}
+
+static __always_inline void read_tcp(struct socket_facts *facts, struct sock *sk)
+{
+	struct tcp_sock *tp = (void *)sk;
+	struct tcp_sock___signed *signature = (void *)sk;
+	struct inet_connection_sock *icsk = (void *)sk;
+
+	facts->is_tcp = 1;
+	facts->family = BPF_CORE_READ(sk, __sk_common.skc_family);
+	facts->state = BPF_CORE_READ(sk, __sk_common.skc_state);
+	facts->netns = BPF_CORE_READ(sk, __sk_common.skc_net.net, ns.inum);
+	facts->shutdown = BPF_CORE_READ_BITFIELD_PROBED(sk, sk_shutdown);
+	facts->has_filter = BPF_CORE_READ(sk, sk_filter) != NULL;
+	facts->has_ulp = BPF_CORE_READ(icsk, icsk_ulp_ops) != NULL;
+	facts->write_seq = BPF_CORE_READ(tp, write_seq);
+	facts->snd_una = BPF_CORE_READ(tp, snd_una);
+	facts->rcv_nxt = BPF_CORE_READ(tp, rcv_nxt);
+	facts->copied_seq = BPF_CORE_READ(tp, copied_seq);
+	facts->urgent = BPF_CORE_READ(tp, urg_data) != 0 ||
+			(__s32)(BPF_CORE_READ(tp, snd_up) - facts->snd_una) > 0;
+	facts->out_of_order = BPF_CORE_READ(tp, out_of_order_queue.rb_node) != NULL;
+	facts->repair = BPF_CORE_READ_BITFIELD_PROBED(tp, repair);
+	if (bpf_core_field_exists(tp->is_mptcp))
+		facts->is_mptcp = BPF_CORE_READ(tp, is_mptcp);
+	if (bpf_core_field_exists(signature->md5sig_info))
+		facts->has_signature |= BPF_CORE_READ(signature, md5sig_info) != NULL;
+	if (bpf_core_field_exists(signature->ao_info))
+		facts->has_signature |= BPF_CORE_READ(signature, ao_info) != NULL;
+}
+
+/* Run by BPF_PROG_TEST_RUN only, never attached: args[0] is a descriptor of the caller, args[1] its slot. */
+SEC("raw_tp")
+int inspect_socket(struct bpf_raw_tracepoint_args *ctx)
+{
+	__u32 slot = ctx->args[1];
+	struct socket_facts *facts = bpf_map_lookup_elem(&sockets, &slot);
+	struct file *file = file_of_fd(ctx->args[0]);
+	struct sock *sk;
+
+	if (!facts)
+		return 1;
+	__builtin_memset(facts, 0, sizeof(*facts));
+	sk = file ? tcp_sock_of(file) : NULL;
+	if (!sk)
+		return 1;
+	facts->file = (__u64)file;
+	facts->refs = file_refs(file);
+	facts->inode = BPF_CORE_READ(file, f_inode, i_ino);
+	read_tcp(facts, sk);
+	read_watchers(facts, file);
+	return 0;
+}
+
+/* As above; args[0] is a pidfd. */
+SEC("raw_tp")
+int inspect_table(struct bpf_raw_tracepoint_args *ctx)
+{
+	__u32 slot = ctx->args[1];
+	struct table_facts *facts = bpf_map_lookup_elem(&tables, &slot);
+	struct file *file = file_of_fd(ctx->args[0]);
+	struct hlist_node *node;
+	struct task_struct *task;
+	struct files_struct *table;
+	struct pid *pid;
+
+	if (!facts || !file)
+		return 1;
+	pid = BPF_CORE_READ(file, private_data);
+	if (!pid)
+		pid = BPF_CORE_READ(file, f_inode, i_private);
+	if (!pid)
+		return 1;
+	node = BPF_CORE_READ(pid, tasks[PIDTYPE_PID].first);
+	if (!node)
+		return 1;
+	task = (void *)node - bpf_core_field_offset(struct task_struct, pid_links[PIDTYPE_PID]);
+	table = BPF_CORE_READ(task, files);
+	facts->table = (__u64)table;
+	facts->users = table ? BPF_CORE_READ(table, count.counter) : 0;
+	return 0;
+}
+
+static __always_inline void read_addresses(struct descriptor *found, struct sock *sk)
+{
+	found->family = BPF_CORE_READ(sk, __sk_common.skc_family);
+	found->local_port = BPF_CORE_READ(sk, __sk_common.skc_num);
+	found->remote_port = __builtin_bswap16(BPF_CORE_READ(sk, __sk_common.skc_dport));
+	if (found->family == AF_INET) {
+		__u32 local = BPF_CORE_READ(sk, __sk_common.skc_rcv_saddr);
+		__u32 remote = BPF_CORE_READ(sk, __sk_common.skc_daddr);
+
+		__builtin_memcpy(found->local, &local, sizeof(local));
+		__builtin_memcpy(found->remote, &remote, sizeof(remote));
+		return;
+	}
+	BPF_CORE_READ_INTO(&found->local, sk, __sk_common.skc_v6_rcv_saddr.in6_u.u6_addr8);
+	BPF_CORE_READ_INTO(&found->remote, sk, __sk_common.skc_v6_daddr.in6_u.u6_addr8);
+}
+
+static __always_inline void read_cgroups(struct descriptor *found, struct cgroup *cgroup)
+{
+	for (int level = 0; level < MAX_CGROUPS && cgroup; level++) {
+		struct cgroup_subsys_state *parent = BPF_CORE_READ(cgroup, self.parent);
+
+		found->cgroups[level] = BPF_CORE_READ(cgroup, kn, id);
+		cgroup = parent ? (void *)parent - bpf_core_field_offset(struct cgroup, self) : NULL;
+	}
+}
+
+static __always_inline int anonymous_kind(struct file *file)
+{
+	/* BPF has no memcmp: compared as words. */
+	union {
+		char text[16];
+		__u64 words[2];
+	} name = {}, epoll = { .text = "[eventpoll]" }, io_uring = { .text = "[io_uring]" };
+
+	bpf_probe_read_kernel_str(name.text, sizeof(name.text), BPF_CORE_READ(file, f_path.dentry, d_name.name));
+	if (name.words[0] == epoll.words[0] && name.words[1] == epoll.words[1])
+		return KIND_EPOLL;
+	if (name.words[0] == io_uring.words[0] && name.words[1] == io_uring.words[1])
+		return KIND_IO_URING;
+	return 0;
+}
+
+/* Every descriptor of every process that is a TCP socket, an epoll set or an io_uring. */
+SEC("iter/task_file")
+int list_descriptors(struct bpf_iter__task_file *ctx)
+{
+	struct task_struct *task = ctx->task;
+	struct file *file = ctx->file;
+	struct descriptor found = {};
+	struct sock *sk;
+
+	if (!task || !file)
+		return 0;
+	sk = tcp_sock_of(file);
+	if (sk) {
+		struct tcp_sock *tp = (void *)sk;
+
+		found.kind = KIND_TCP;
+		found.inode = BPF_CORE_READ(file, f_inode, i_ino);
+		found.netns = BPF_CORE_READ(sk, __sk_common.skc_net.net, ns.inum);
+		found.state = BPF_CORE_READ(sk, __sk_common.skc_state);
+		if (found.state != TCP_LISTEN) {
+			found.bytes_sent = BPF_CORE_READ(tp, bytes_acked);
+			found.bytes_received = BPF_CORE_READ(tp, bytes_received);
+		}
+		read_addresses(&found, sk);
+	} else {
+		found.kind = anonymous_kind(file);
+		if (!found.kind)
+			return 0;
+		found.epoll = (__u64)BPF_CORE_READ(file, private_data);
+	}
+	found.file = (__u64)file;
+	found.table = (__u64)BPF_CORE_READ(task, files);
+	read_cgroups(&found, BPF_CORE_READ(task, cgroups, dfl_cgrp));
+	found.tgid = task->tgid;
+	found.tid = task->pid;
+	found.fd = ctx->fd;
+	bpf_seq_write(ctx->meta->seq, &found, sizeof(found));
+	return 0;
+}

@@ -1,0 +1,565 @@
+// SPDX-License-Identifier: Apache-2.0
+//! x86_64: the code that runs inside other processes, and what a thread's registers mean when it is stopped.
+//!
+//! # The injected code
+//! The *foothold* is a few hundred bytes of code and data that the forwarder writes into the unused end of a
+//! process's vDSO: executable in every process, private to it once written (through `/proc/PID/mem`). Two pieces:
+//!
+//! * **block**: runs a table of system calls (a [`Call`] each) that lies in a page of scratch memory, then waits a
+//!   moment for the tracer, then restores the signal mask and every register *by itself* and jumps to where the
+//!   thread was. Once started it needs nobody: if the forwarder dies, the thread still comes back as it was.
+//!   It never touches the stack, so a signal handler may run on top of it, nor any FPU or vector register.
+//! * **resume**: finishes a `write` or `read` that the freeze cut short: calls again for the rest and returns the
+//!   sum. Its few values lie in a frame below the red zone of the thread's own stack.
+//!
+//! # Stopped threads
+//! A thread stopped by PTRACE_INTERRUPT stands inside the kernel's `get_signal`. When it goes on, the kernel itself
+//! repeats a system call that ended in -ERESTART*, with all the rules about handlers and SA_RESTART. So threads that
+//! we do not touch need nothing. See `arch_do_signal_or_restart` in arch/x86/kernel/signal.c.
+
+use std::arch::global_asm;
+
+pub type Regs = libc::user_regs_struct;
+
+/// Bytes of scratch memory a process is given, once: see [`scratch`].
+pub const SCRATCH_LEN: usize = 16 << 10;
+
+/// Where things are in the scratch memory.
+pub mod scratch {
+    /// Two descriptors of a socket pair.
+    pub const PAIR: u64 = 0;
+    /// A byte to receive into.
+    pub const BYTE: u64 = 8;
+    pub const MSGHDR: u64 = 16;
+    pub const IOVEC: u64 = 72;
+    pub const CONTROL: u64 = 96;
+    /// The descriptors in the control message, `i32` each: after its 16-byte head.
+    pub const FDS: u64 = CONTROL + 16;
+    pub const MAX_FDS: usize = 8;
+    /// `struct epoll_event`s, 12 bytes each (packed on x86_64).
+    pub const EVENTS: u64 = 256;
+    pub const MAX_EVENTS: usize = 64;
+    pub const CALLS: u64 = 1024;
+    pub const MAX_CALLS: usize = (super::SCRATCH_LEN - CALLS as usize) / size_of::<super::Call>();
+}
+
+/// One system call of the block. Layout known to the assembly below.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Call {
+    /// System call number plus one; zero ends the table.
+    pub number_plus_one: u32,
+    /// Bit N: argument N is an offset into the scratch memory, where the real argument is, an `i32`.
+    pub indirect: u16,
+    /// Index plus one of the call that follows when this one fails; zero: the next.
+    pub on_failure: u16,
+    /// The call fails when its result is less.
+    pub least: i64,
+    pub args: [u64; 6],
+    /// Filled in by the block.
+    pub result: i64,
+    /// Index plus one of the call that follows when this one succeeds; zero: the next.
+    pub on_success: u16,
+    pub padding: [u8; 6],
+}
+
+const _: () = assert!(size_of::<Call>() == 80);
+
+impl Call {
+    /// A call whose result does not matter for what comes next.
+    pub fn new(number: libc::c_long, args: &[u64]) -> Call {
+        let mut call = Call { number_plus_one: number as u32 + 1, least: i64::MIN, ..Call::default() };
+        call.args[..args.len()].copy_from_slice(args);
+        call
+    }
+
+    /// Argument `index` is found at `offset` in the scratch memory when the call is made.
+    pub fn indirect(mut self, index: usize, offset: u64) -> Call {
+        self.indirect |= 1 << index;
+        self.args[index] = offset;
+        self
+    }
+
+    /// Go on at call `index` when the result is less than `least`.
+    pub fn or_go_to(mut self, least: i64, index: usize) -> Call {
+        self.least = least;
+        self.on_failure = index as u16 + 1;
+        self
+    }
+
+    pub fn then_go_to(mut self, index: usize) -> Call {
+        self.on_success = index as u16 + 1;
+        self
+    }
+}
+
+global_asm!(
+    r#"
+    .pushsection .rodata.foothold, "a"
+    .balign 16
+    .globl ebpf_router_foothold_start
+ebpf_router_foothold_start:
+    .ascii "ebpfrtr1"                         // FOOTHOLD_MAGIC
+foothold_scratch:        .quad 0
+foothold_regs:           .fill 16, 8, 0       // rax rbx rcx rdx rsi rdi rbp rsp r8..r15
+foothold_rip:            .quad 0
+foothold_mask:           .quad 0              // signal mask
+foothold_flag_overflow:  .byte 0              // 1 if OF
+foothold_flag_low:       .byte 0              // SF ZF AF PF CF
+foothold_flag_direction: .byte 0              // 1 if DF
+    .balign 8
+foothold_wait:           .quad 0, 200000000   // struct timespec: 200 ms
+
+    .globl ebpf_router_foothold_block
+ebpf_router_foothold_block:
+    mov rbx, [rip + foothold_scratch]
+    test rbx, rbx
+    jnz 2f
+    mov eax, 9                                // mmap(NULL, SCRATCH_LEN, RW, PRIVATE|ANONYMOUS, -1, 0)
+    xor edi, edi
+    mov esi, {scratch_len}
+    mov edx, 3
+    mov r10d, 0x22
+    mov r8, -1
+    xor r9d, r9d
+    syscall
+    cmp rax, -4095
+    jae 9f
+    mov rbx, rax
+2:  lea r12, [rbx + {calls}]
+3:  mov eax, [r12]
+    test eax, eax
+    jz 9f
+    movzx r13d, word ptr [r12 + 4]
+    mov rdi, [r12 + 16]
+    test r13d, 1
+    jz 4f
+    movsxd rdi, dword ptr [rbx + rdi]
+4:  mov rsi, [r12 + 24]
+    test r13d, 2
+    jz 4f
+    movsxd rsi, dword ptr [rbx + rsi]
+4:  mov rdx, [r12 + 32]
+    test r13d, 4
+    jz 4f
+    movsxd rdx, dword ptr [rbx + rdx]
+4:  mov r10, [r12 + 40]
+    mov r8, [r12 + 48]
+    mov r9, [r12 + 56]
+    dec eax
+    syscall
+    mov [r12 + 64], rax
+    cmp rax, [r12 + 8]
+    jl 5f
+    movzx eax, word ptr [r12 + 72]
+    jmp 6f
+5:  movzx eax, word ptr [r12 + 6]
+6:  test eax, eax
+    jz 7f
+    dec eax
+    imul eax, eax, 80
+    lea r12, [rbx + rax + {calls}]
+    jmp 3b
+7:  add r12, 80
+    jmp 3b
+
+    // The tracer stops the thread in this wait and puts the registers back itself, as the kernel's own restart of an
+    // interrupted call needs them. If the tracer is dead, the wait ends and the code below does it.
+9:  mov eax, 270                              // pselect6(0, NULL, NULL, NULL, &wait, NULL)
+    xor edi, edi
+    xor esi, esi
+    xor edx, edx
+    xor r10d, r10d
+    lea r8, [rip + foothold_wait]
+    xor r9d, r9d
+    syscall
+    .globl ebpf_router_foothold_waited
+ebpf_router_foothold_waited:
+    mov eax, 14                               // rt_sigprocmask(SIG_SETMASK, &mask, NULL, 8)
+    mov edi, 2
+    lea rsi, [rip + foothold_mask]
+    xor edx, edx
+    mov r10d, 8
+    syscall
+    mov rbx, [rip + foothold_regs + 8]
+    mov rcx, [rip + foothold_regs + 16]
+    mov rdx, [rip + foothold_regs + 24]
+    mov rsi, [rip + foothold_regs + 32]
+    mov rdi, [rip + foothold_regs + 40]
+    mov r8,  [rip + foothold_regs + 64]
+    mov r9,  [rip + foothold_regs + 72]
+    mov r10, [rip + foothold_regs + 80]
+    mov r11, [rip + foothold_regs + 88]
+    mov r12, [rip + foothold_regs + 96]
+    mov r13, [rip + foothold_regs + 104]
+    mov r14, [rip + foothold_regs + 112]
+    mov r15, [rip + foothold_regs + 120]
+    cmp byte ptr [rip + foothold_flag_direction], 0
+    je 8f
+    std
+8:  mov al, [rip + foothold_flag_overflow]
+    add al, 0x7f                              // OF := overflow
+    mov ah, [rip + foothold_flag_low]
+    sahf
+    mov rax, [rip + foothold_regs]
+    jmp qword ptr [rip + foothold_rip]        // rbp and rsp were never changed
+
+    .globl ebpf_router_foothold_resume
+ebpf_router_foothold_resume:
+    syscall
+    .globl ebpf_router_foothold_resumed
+ebpf_router_foothold_resumed:
+    test rax, rax
+    jns 8f
+    xor eax, eax                              // what had been moved before is the result; the error comes again
+8:  add rax, [rsp + 0]
+    mov rsi, [rsp + 8]
+    mov rdx, [rsp + 16]
+    mov r10, [rsp + 24]
+    mov rcx, [rsp + 32]
+    push r11                                  // the flags, as `syscall` left them there
+    popfq
+    mov rsp, [rsp + 40]
+    jmp rcx
+    .globl ebpf_router_foothold_end
+ebpf_router_foothold_end:
+    .popsection
+    "#,
+    scratch_len = const SCRATCH_LEN,
+    calls = const scratch::CALLS,
+);
+
+unsafe extern "C" {
+    static ebpf_router_foothold_start: u8;
+    static ebpf_router_foothold_block: u8;
+    static ebpf_router_foothold_waited: u8;
+    static ebpf_router_foothold_resume: u8;
+    static ebpf_router_foothold_resumed: u8;
+    static ebpf_router_foothold_end: u8;
+}
+
+/// First bytes of a foothold: code of another layout must have another one.
+pub const FOOTHOLD_MAGIC: [u8; 8] = *b"ebpfrtr1";
+
+fn offset_of_symbol(symbol: *const u8) -> u64 {
+    symbol as u64 - &raw const ebpf_router_foothold_start as u64
+}
+
+/// Offsets in the foothold.
+pub fn block_offset() -> u64 {
+    offset_of_symbol(&raw const ebpf_router_foothold_block)
+}
+
+/// Where the block stands after its wait for the tracer.
+pub fn waited_offset() -> u64 {
+    offset_of_symbol(&raw const ebpf_router_foothold_waited)
+}
+
+pub fn resume_offset() -> u64 {
+    offset_of_symbol(&raw const ebpf_router_foothold_resume)
+}
+
+pub fn resumed_offset() -> u64 {
+    offset_of_symbol(&raw const ebpf_router_foothold_resumed)
+}
+
+pub fn foothold_len() -> usize {
+    offset_of_symbol(&raw const ebpf_router_foothold_end) as usize
+}
+
+/// The bytes of the foothold, its data all zero.
+pub fn foothold() -> &'static [u8] {
+    // SAFETY: start and end delimit one read-only object in .rodata.foothold, defined by the assembly above.
+    unsafe { std::slice::from_raw_parts(&raw const ebpf_router_foothold_start, foothold_len()) }
+}
+
+/// The foothold's data: scratch address, and what the block restores when it ends by itself.
+pub fn foothold_data(scratch: u64, regs: &Regs, mask: u64) -> Vec<u8> {
+    let regs = &after_restart(regs);
+    let mut data = Vec::with_capacity(200);
+    data.extend_from_slice(&FOOTHOLD_MAGIC);
+    let words = [
+        scratch, regs.rax, regs.rbx, regs.rcx, regs.rdx, regs.rsi, regs.rdi, regs.rbp, regs.rsp, regs.r8,
+        regs.r9, regs.r10, regs.r11, regs.r12, regs.r13, regs.r14, regs.r15, regs.rip, mask,
+    ];
+    for word in words {
+        data.extend_from_slice(&word.to_le_bytes());
+    }
+    data.push((regs.eflags >> 11 & 1) as u8);
+    data.push(regs.eflags as u8);
+    data.push((regs.eflags >> 10 & 1) as u8);
+    data
+}
+
+// Of include/linux/errno.h: never seen by a program, only by its tracer.
+const ERESTARTSYS: i64 = 512;
+const ERESTARTNOINTR: i64 = 513;
+const ERESTARTNOHAND: i64 = 514;
+const ERESTART_RESTARTBLOCK: i64 = 516;
+
+/// Is the thread inside a system call, about to return?
+pub fn in_syscall(regs: &Regs) -> bool {
+    regs.orig_rax as i64 >= 0
+}
+
+/// 64-bit code; a 32-bit program runs in another code segment (__USER_CS is 0x33).
+pub fn is_64_bit(regs: &Regs) -> bool {
+    regs.cs == 0x33
+}
+
+/// The registers with which the thread would go on in user mode if no signal came: what the kernel makes of them.
+fn after_restart(regs: &Regs) -> Regs {
+    let mut regs = *regs;
+    if in_syscall(&regs) {
+        match -(regs.rax as i64) {
+            ERESTARTSYS | ERESTARTNOINTR | ERESTARTNOHAND => {
+                regs.rax = regs.orig_rax;
+                regs.rip -= 2;
+            }
+            ERESTART_RESTARTBLOCK => {
+                regs.rax = libc::SYS_restart_syscall as u64;
+                regs.rip -= 2;
+            }
+            _ => {}
+        }
+    }
+    regs
+}
+
+/// Make the kernel repeat the call that the thread is in, unless a handler is to run: then EINTR, as without us.
+fn restart(regs: &mut Regs) {
+    regs.rax = -ERESTARTNOHAND as u64;
+}
+
+/// Calls that end with EINTR when a thread is stopped, although no signal came: signal(7), "Interruption of system
+/// calls by stop signals" and the calls that are never restarted. Repeating them is what the program expects.
+const NEVER_RESTARTED: [libc::c_long; 19] = [
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_pwait2,
+    libc::SYS_read,
+    libc::SYS_readv,
+    libc::SYS_write,
+    libc::SYS_writev,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_recvmmsg,
+    libc::SYS_sendto,
+    libc::SYS_sendmsg,
+    libc::SYS_sendmmsg,
+    libc::SYS_accept,
+    libc::SYS_accept4,
+    libc::SYS_semtimedop,
+    libc::SYS_rt_sigtimedwait,
+    libc::SYS_io_getevents,
+    libc::SYS_io_uring_enter,
+];
+
+/// A call that moved part of its bytes before it was stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Partial {
+    pub fd: i32,
+    /// Bytes moved until now.
+    pub moved: u64,
+    /// Which argument says how many bytes, and which one points to them (if any moves along).
+    length: Argument,
+    pointer: Option<Argument>,
+    /// The call is one that waits for all of its bytes only on a blocking descriptor, and these flags (of send(2) or
+    /// recv(2)) forbid it to wait.
+    pub dont_wait: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Argument {
+    Rsi,
+    Rdx,
+    R10,
+}
+
+impl Argument {
+    fn of(self, regs: &mut Regs) -> &mut u64 {
+        match self {
+            Argument::Rsi => &mut regs.rsi,
+            Argument::Rdx => &mut regs.rdx,
+            Argument::R10 => &mut regs.r10,
+        }
+    }
+}
+
+/// What has to be done so that a stopped thread goes on as if it had not been stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Interrupted {
+    /// Nothing: the kernel does it.
+    No,
+    /// It would see an EINTR that nobody sent: repeat the call.
+    Call,
+    /// It would see less moved than asked for. Matters only on a blocking descriptor.
+    Transfer(Partial),
+    /// The same, in a call that [`resume`] cannot continue.
+    Vector { fd: i32 },
+}
+
+pub fn interrupted(regs: &Regs) -> Interrupted {
+    if !in_syscall(regs) {
+        return Interrupted::No;
+    }
+    let (number, result) = (regs.orig_rax as libc::c_long, regs.rax as i64);
+    if result == -i64::from(libc::EINTR) && NEVER_RESTARTED.contains(&number) {
+        return Interrupted::Call;
+    }
+    if result <= 0 {
+        return Interrupted::No;
+    }
+    let moved = result as u64;
+    let partial = |fd: u64, length, asked: u64, pointer, dont_wait| {
+        if moved < asked {
+            Interrupted::Transfer(Partial { fd: fd as i32, moved, length, pointer, dont_wait })
+        } else {
+            Interrupted::No
+        }
+    };
+    let (rsi, rdx) = (Some(Argument::Rsi), Argument::Rdx);
+    match number {
+        libc::SYS_write => partial(regs.rdi, rdx, regs.rdx, rsi, false),
+        libc::SYS_sendto => partial(regs.rdi, rdx, regs.rdx, rsi, regs.r10 & libc::MSG_DONTWAIT as u64 != 0),
+        libc::SYS_recvfrom if regs.r10 & libc::MSG_WAITALL as u64 != 0 => {
+            let dont_wait = regs.r10 & (libc::MSG_DONTWAIT | libc::MSG_PEEK) as u64 != 0;
+            partial(regs.rdi, rdx, regs.rdx, rsi, dont_wait)
+        }
+        libc::SYS_sendfile => partial(regs.rdi, Argument::R10, regs.r10, None, false),
+        libc::SYS_writev | libc::SYS_sendmsg => Interrupted::Vector { fd: regs.rdi as i32 },
+        _ => Interrupted::No,
+    }
+}
+
+/// Bytes of a frame of the resume code, and how far below the stack pointer it may begin: after the red zone.
+pub const RESUME_FRAME_LEN: usize = 48;
+const RED_ZONE: u64 = 128;
+
+/// Repeat an interrupted call (see [`Interrupted::Call`]).
+pub fn repeat_call(regs: &Regs) -> Regs {
+    let mut regs = *regs;
+    restart(&mut regs);
+    regs
+}
+
+/// A thread that finishes its call in the resume code: where its frame goes, what is in it, and its registers.
+pub struct Resume {
+    pub frame_at: u64,
+    pub frame: [u8; RESUME_FRAME_LEN],
+    pub regs: Regs,
+}
+
+/// Let the thread finish a transfer in the resume code of the foothold at `foothold`. A thread that stood in the
+/// resume code already (`frame`: what its frame holds) goes on there with what is left.
+pub fn resume(
+    regs: &Regs,
+    partial: &Partial,
+    foothold: u64,
+    frame: Option<[u8; RESUME_FRAME_LEN]>,
+) -> Resume {
+    let mut regs = *regs;
+    let (frame_at, words) = match frame {
+        Some(frame) => {
+            let mut words = [0u64; 6];
+            for (word, bytes) in words.iter_mut().zip(frame.chunks_exact(8)) {
+                *word = u64::from_le_bytes([
+                    bytes[0], bytes[1], bytes[2], bytes[3], bytes[4], bytes[5], bytes[6], bytes[7],
+                ]);
+            }
+            words[0] += partial.moved;
+            (regs.rsp, words)
+        }
+        None => {
+            let frame_at = (regs.rsp - RED_ZONE - RESUME_FRAME_LEN as u64) & !15;
+            (frame_at, [partial.moved, regs.rsi, regs.rdx, regs.r10, regs.rip, regs.rsp])
+        }
+    };
+    *partial.length.of(&mut regs) -= partial.moved;
+    if let Some(pointer) = partial.pointer {
+        *pointer.of(&mut regs) += partial.moved;
+    }
+    regs.rsp = frame_at;
+    regs.rip = foothold + resumed_offset();
+    // The kernel goes back two bytes, to the `syscall` of the resume code, and calls again.
+    restart(&mut regs);
+    let mut frame = [0; RESUME_FRAME_LEN];
+    for (bytes, word) in frame.chunks_exact_mut(8).zip(words) {
+        bytes.copy_from_slice(&word.to_le_bytes());
+    }
+    Resume { frame_at, frame, regs }
+}
+
+/// Start the block of the foothold at `foothold`: outside of any system call, as far as the kernel's restart goes.
+pub fn start_block(regs: &Regs, foothold: u64) -> Regs {
+    let mut regs = *regs;
+    regs.rip = foothold + block_offset();
+    regs.orig_rax = u64::MAX;
+    regs.eflags &= !(1 << 10);
+    regs
+}
+
+/// A system call's result, in a syscall-exit stop.
+pub fn syscall_result(regs: &Regs) -> i64 {
+    regs.rax as i64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn regs_in(number: libc::c_long, result: i64) -> Regs {
+        // SAFETY: integers only: zero is a value.
+        let mut regs: Regs = unsafe { std::mem::zeroed() };
+        regs.orig_rax = number as u64;
+        regs.rax = result as u64;
+        regs.rip = 0x1002;
+        regs.rsp = 0x7fff_0000;
+        regs
+    }
+
+    #[test]
+    fn the_foothold_fits_into_a_kilobyte() {
+        assert!(foothold_len() <= 1024, "{} bytes", foothold_len());
+        assert_eq!(&foothold()[..8], &FOOTHOLD_MAGIC);
+    }
+
+    #[test]
+    fn an_epoll_wait_that_was_only_stopped_is_repeated() {
+        assert_eq!(interrupted(&regs_in(libc::SYS_epoll_wait, -4)), Interrupted::Call);
+    }
+
+    #[test]
+    fn a_call_that_the_kernel_repeats_is_left_to_it() {
+        assert_eq!(interrupted(&regs_in(libc::SYS_read, -512)), Interrupted::No);
+        assert_eq!(after_restart(&regs_in(libc::SYS_read, -512)).rip, 0x1000);
+        assert_eq!(after_restart(&regs_in(libc::SYS_poll, -516)).rax, libc::SYS_restart_syscall as u64);
+    }
+
+    #[test]
+    fn a_write_cut_short_goes_on_with_the_rest() {
+        let mut regs = regs_in(libc::SYS_write, 1000);
+        (regs.rsi, regs.rdx) = (0x5000, 4000);
+        let Interrupted::Transfer(partial) = interrupted(&regs) else { panic!("not seen as cut short") };
+        let first = resume(&regs, &partial, 0x10_0000, None);
+        assert_eq!((first.regs.rsi, first.regs.rdx), (0x5000 + 1000, 3000));
+        assert_eq!(first.regs.rsp, first.frame_at);
+        assert!(first.frame_at + RESUME_FRAME_LEN as u64 <= regs.rsp - RED_ZONE);
+
+        // Stopped again after 500 more.
+        let mut again = first.regs;
+        again.rax = 500;
+        let Interrupted::Transfer(partial) = interrupted(&again) else { panic!("not seen as cut short") };
+        let second = resume(&again, &partial, 0x10_0000, Some(first.frame));
+        assert_eq!((second.regs.rsi, second.regs.rdx), (0x5000 + 1500, 2500));
+        assert_eq!(second.frame[..8], 1500u64.to_le_bytes());
+        assert_eq!(second.frame[8..], first.frame[8..]);
+    }
+
+    #[test]
+    fn a_complete_write_is_no_matter() {
+        let mut regs = regs_in(libc::SYS_write, 4000);
+        regs.rdx = 4000;
+        assert_eq!(interrupted(&regs), Interrupted::No);
+    }
+}

@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Exchanges the sockets of frozen processes: checks that nothing changed since they were found, arms every process,
+//! opens the gate, and knows how to go back.
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{Seek, Write},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    time::{Duration, Instant},
+};
+
+use forwarder_api::{MAX_UNREAD_BYTES, Refusal};
+use nix::sys::{
+    memfd::{MFdFlags, memfd_create},
+    socket::{MsgFlags, recv},
+};
+
+use crate::{
+    freeze::Frozen,
+    holders::{Holders, plan},
+    inject::{Block, Done, Gate, Lend, RECOVERY, TablePlan},
+    inspect::{InspectError, Inspector, SocketFacts},
+    options::{self, SendRoom},
+    process::{self, RemoteFd, Tgid},
+    site::{PreparedEnd, may_be_moved},
+    transaction::Look,
+};
+
+/// Unread bytes up to this are taken along with the first look.
+const SMALL_UNREAD: usize = 64 << 10;
+
+/// Time for the blocks to end once the gate is open: nothing in them waits for anybody.
+const INSTALL_TIME: Duration = Duration::from_millis(500);
+
+/// What `end` looks like now, its processes frozen; an error if it cannot be moved as it is.
+pub fn facts_while_frozen(
+    end: &PreparedEnd,
+    frozen: &Frozen,
+    inspector: &Inspector,
+) -> Result<SocketFacts, Refusal> {
+    let facts = inspector.socket(end.old.as_fd()).map_err(cannot_look)?.ok_or(Refusal::HolderVanished)?;
+    may_be_moved(&facts)?;
+    for table in &end.holders.tables {
+        for fd in &table.fds {
+            if process::socket_inode(table.tid, *fd) != Some(facts.inode) {
+                return Err(Refusal::HolderVanished);
+            }
+        }
+    }
+    if !end.holders.account_for(&facts, 1) {
+        return Err(Refusal::UnseenReference);
+    }
+    nobody_else_uses_the_tables(&end.holders, frozen, inspector)?;
+    Ok(facts)
+}
+
+/// A descriptor table may have come to be shared with a process that is not frozen.
+fn nobody_else_uses_the_tables(
+    holders: &Holders,
+    frozen: &Frozen,
+    inspector: &Inspector,
+) -> Result<(), Refusal> {
+    let mut users: BTreeMap<u64, (usize, u32)> = BTreeMap::new();
+    for process in frozen.processes() {
+        let Some(facts) = inspector.table(process.pidfd.as_fd()).map_err(cannot_look)? else {
+            // The leader has ended before its other threads.
+            continue;
+        };
+        let entry = users.entry(facts.table).or_default();
+        entry.0 += process.thread_count();
+        entry.1 = facts.users;
+    }
+    let shared_with_others = holders
+        .tables
+        .iter()
+        .any(|table| users.get(&table.table).is_some_and(|(frozen, users)| *frozen as u32 != *users));
+    if shared_with_others { Err(Refusal::UnseenReference) } else { Ok(()) }
+}
+
+/// The sequence numbers in `facts`, and the unread bytes if they are few or wanted.
+pub fn look(old: BorrowedFd<'_>, facts: &SocketFacts, with_unread: bool) -> Result<Look, Refusal> {
+    let unread = facts.rcv_nxt.wrapping_sub(facts.copied_seq) as usize;
+    if unread > MAX_UNREAD_BYTES {
+        return Err(Refusal::TooManyUnreadBytes);
+    }
+    let unread = if with_unread || unread <= SMALL_UNREAD { Some(peek(old, unread)?) } else { None };
+    Ok(Look { write_seq: facts.write_seq, snd_una: facts.snd_una, rcv_nxt: facts.rcv_nxt, unread })
+}
+
+/// The first `length` unread bytes, left where they are.
+fn peek(socket: BorrowedFd<'_>, length: usize) -> Result<Vec<u8>, Refusal> {
+    use std::os::fd::AsRawFd;
+    let mut bytes = vec![0; length];
+    if length > 0 {
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        if recv(socket.as_raw_fd(), &mut bytes, flags) != Ok(length) {
+            return Err(Refusal::NotSettled);
+        }
+    }
+    Ok(bytes)
+}
+
+/// One socket to be taken out and the one that takes its place.
+pub struct Substitution<'a> {
+    pub old: BorrowedFd<'a>,
+    pub new: BorrowedFd<'a>,
+    pub facts: SocketFacts,
+    pub holders: &'a Holders,
+    pub v6: bool,
+    /// Sent into the new socket right after it is in place.
+    pub carry: Vec<u8>,
+}
+
+/// Processes that wait at the gate with the new sockets in hand.
+pub struct Armed {
+    gate: Gate,
+    blocks: Vec<(Tgid, Block)>,
+    rooms: Vec<(usize, SendRoom)>,
+}
+
+impl Armed {
+    /// Bring the new sockets into every process. An error leaves all as it was.
+    pub fn arm(frozen: &mut Frozen, pairs: &[Substitution<'_>], deadline: Instant) -> Result<Armed, Refusal> {
+        let mut plans: BTreeMap<u64, TablePlan> = BTreeMap::new();
+        let mut carried: Vec<(usize, OwnedFd)> = Vec::new();
+        let mut rooms = Vec::new();
+        for (index, pair) in pairs.iter().enumerate() {
+            options::carry_over(pair.old, pair.new, pair.v6)?;
+            plan(&mut plans, pair.holders, &pair.facts, index, |table, fd: RemoteFd| {
+                process::open_flags(table.tid, fd).is_ok_and(|flags| flags & libc::O_CLOEXEC != 0)
+            })?;
+            if !pair.carry.is_empty() {
+                carried.push((index, memory_file(&pair.carry)?));
+                if let Some(room) = SendRoom::make(pair.new, pair.carry.len())? {
+                    rooms.push((index, room));
+                }
+            }
+        }
+        if let Some(lead) = plans.values_mut().last() {
+            lead.carries = true;
+        }
+        let sockets: Vec<BorrowedFd<'_>> = pairs.iter().map(|pair| pair.new).collect();
+        let carried: Vec<(usize, BorrowedFd<'_>)> =
+            carried.iter().map(|(index, bytes)| (*index, bytes.as_fd())).collect();
+        let lend = Lend { sockets: &sockets, carried: &carried };
+
+        let mut armed = Armed { gate: Gate::new()?, blocks: Vec::new(), rooms };
+        let owner = |table: u64| {
+            pairs.iter().flat_map(|pair| &pair.holders.tables).find(|of| of.table == table).map(|of| of.tgid)
+        };
+        for (table, plan) in &plans {
+            let tgid = owner(*table).ok_or(Refusal::HolderVanished)?;
+            let block = match frozen.process(tgid) {
+                Some(process) => Block::arm(process, plan, &lend, &armed.gate, deadline),
+                None => Err(Refusal::HolderVanished),
+            };
+            match block {
+                Ok(block) => armed.blocks.push((tgid, block)),
+                Err(reason) => {
+                    armed.turn_back(frozen);
+                    return Err(reason);
+                }
+            }
+        }
+        Ok(armed)
+    }
+
+    /// Open the gate, wait until the sockets are in place.
+    pub fn install(self, frozen: &mut Frozen, pairs: &[Substitution<'_>]) -> Result<(), Refusal> {
+        self.gate.open()?;
+        let deadline = Instant::now() + INSTALL_TIME;
+        let mut result = Ok(());
+        for (tgid, block) in self.blocks {
+            let done = match frozen.process(tgid) {
+                Some(process) => block.finish(process, deadline),
+                None => Err(Refusal::HolderVanished),
+            };
+            match done {
+                Ok(Done::Replaced) => {}
+                Ok(Done::TurnedBack) => result = Err(Refusal::InjectionFailed),
+                Err(reason) => result = Err(reason),
+            }
+        }
+        for (index, room) in self.rooms {
+            room.give_back(pairs[index].new);
+        }
+        result
+    }
+
+    /// Close the gate: every process is as it was.
+    pub fn turn_back(self, frozen: &mut Frozen) {
+        self.gate.close();
+        for (tgid, block) in self.blocks {
+            if let Some(process) = frozen.process(tgid) {
+                // An error means that the process ended, or that its block comes back by itself after the thaw.
+                let _ = block.finish(process, Instant::now() + RECOVERY);
+            }
+        }
+    }
+}
+
+/// Not logged: something is frozen.
+fn cannot_look(_: InspectError) -> Refusal {
+    Refusal::InjectionFailed
+}
+
+/// A nameless file in memory, read from its beginning.
+fn memory_file(bytes: &[u8]) -> Result<OwnedFd, Refusal> {
+    let make = || -> std::io::Result<OwnedFd> {
+        let fd = memfd_create(c"ebpf-router-carried", MFdFlags::MFD_CLOEXEC)?;
+        let mut file = File::from(fd);
+        file.write_all(bytes)?;
+        file.rewind()?;
+        Ok(file.into())
+    };
+    make().map_err(|_| Refusal::InjectionFailed)
+}
+
+#[cfg(test)]
+mod tests;

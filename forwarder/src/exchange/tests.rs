@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Real processes, real ptrace: `cat` echoes what comes over a socket that is its standard input and output.
+
+use std::{
+    io::Read,
+    net::{TcpListener, TcpStream},
+    process::{Child, Command, Stdio},
+    sync::Arc,
+};
+
+use super::*;
+use crate::inspect::Programs;
+
+struct Echo {
+    child: Child,
+    client: TcpStream,
+    programs: Arc<Programs>,
+    holders: Holders,
+    /// Our copy of the socket that `cat` has.
+    old: OwnedFd,
+}
+
+impl Drop for Echo {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn pair() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    (client, listener.accept().unwrap().0)
+}
+
+impl Echo {
+    fn start() -> Echo {
+        let (client, server) = pair();
+        let output = server.try_clone().unwrap();
+        let child = Command::new("cat")
+            .stdin(Stdio::from(OwnedFd::from(server)))
+            .stdout(Stdio::from(OwnedFd::from(output)))
+            .spawn()
+            .unwrap();
+        let tgid = Tgid(child.id() as i32);
+        let old = process::copy_fd(&process::pidfd(tgid).unwrap(), RemoteFd(0)).unwrap();
+        let programs = Programs::load().unwrap();
+        let mut echo =
+            Echo { child, client, programs, holders: Holders { tgids: vec![], tables: vec![] }, old };
+        echo.says_back(b"before");
+        let facts = echo.facts(echo.old.as_fd());
+        echo.holders =
+            Holders::of(facts.file, &echo.programs.descriptors().unwrap(), Tgid(std::process::id() as i32));
+        echo
+    }
+
+    fn says_back(&mut self, words: &[u8]) {
+        says_back(&mut self.client, words);
+    }
+
+    fn facts(&self, socket: BorrowedFd<'_>) -> SocketFacts {
+        self.programs.inspector().unwrap().socket(socket).unwrap().unwrap()
+    }
+
+    fn substitution<'a>(&'a self, new: BorrowedFd<'a>, carry: &[u8]) -> Substitution<'a> {
+        Substitution {
+            old: self.old.as_fd(),
+            new,
+            facts: self.facts(self.old.as_fd()),
+            holders: &self.holders,
+            v6: false,
+            carry: carry.to_vec(),
+        }
+    }
+
+    fn freeze(&self) -> Frozen {
+        Frozen::freeze(&self.holders.tgids, soon()).unwrap()
+    }
+}
+
+fn says_back(client: &mut TcpStream, words: &[u8]) {
+    client.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    client.write_all(words).unwrap();
+    let mut answer = vec![0; words.len()];
+    client.read_exact(&mut answer).unwrap();
+    assert_eq!(answer, words);
+}
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(2)
+}
+
+#[test]
+fn a_process_goes_on_with_the_new_socket_under_all_its_descriptors() {
+    let echo = Echo::start();
+    let (mut client, server) = pair();
+    let mut frozen = echo.freeze();
+    let pairs = [echo.substitution(server.as_fd(), b"")];
+    Armed::arm(&mut frozen, &pairs, soon()).unwrap().install(&mut frozen, &pairs).unwrap();
+    frozen.thaw();
+    says_back(&mut client, b"after");
+    // Standard input, standard output, and our own.
+    assert_eq!(echo.facts(server.as_fd()).refs, 3);
+    assert_eq!(echo.facts(echo.old.as_fd()).refs, 1);
+}
+
+#[test]
+fn carried_bytes_are_the_first_on_the_new_socket() {
+    let echo = Echo::start();
+    let (mut client, server) = pair();
+    let mut frozen = echo.freeze();
+    let carry: Vec<u8> = (0..3_000_000u32).map(|n| n as u8).collect();
+    let pairs = [echo.substitution(server.as_fd(), &carry)];
+    Armed::arm(&mut frozen, &pairs, soon()).unwrap().install(&mut frozen, &pairs).unwrap();
+    drop(frozen);
+    let mut received = vec![0; carry.len()];
+    client.read_exact(&mut received).unwrap();
+    assert!(received == carry);
+}
+
+#[test]
+fn turning_back_at_the_gate_leaves_the_process_as_it_was() {
+    let mut echo = Echo::start();
+    let (_client, server) = pair();
+    let fds = |echo: &Echo| std::fs::read_dir(format!("/proc/{}/fd", echo.child.id())).unwrap().count();
+    let before = fds(&echo);
+    let mut frozen = echo.freeze();
+    let pairs = [echo.substitution(server.as_fd(), b"")];
+    Armed::arm(&mut frozen, &pairs, soon()).unwrap().turn_back(&mut frozen);
+    drop(frozen);
+    assert_eq!(fds(&echo), before);
+    echo.says_back(b"still here");
+}
+
+#[test]
+fn the_same_process_can_be_moved_many_times() {
+    let mut echo = Echo::start();
+    for round in 0..100 {
+        let (client, server) = pair();
+        let mut frozen = echo.freeze();
+        let pairs = [echo.substitution(server.as_fd(), b"")];
+        Armed::arm(&mut frozen, &pairs, soon()).unwrap().install(&mut frozen, &pairs).unwrap();
+        drop(frozen);
+        echo.client = client;
+        echo.old = server.into();
+        echo.says_back(format!("round {round}").as_bytes());
+    }
+}
+
+#[test]
+fn a_tracer_that_dies_at_the_gate_leaves_the_process_working() {
+    let mut echo = Echo::start();
+    let (_client, server) = pair();
+    std::thread::scope(|scope| {
+        scope
+            .spawn(|| {
+                let mut frozen = echo.freeze();
+                let pairs = [echo.substitution(server.as_fd(), b"")];
+                let armed = Armed::arm(&mut frozen, &pairs, soon()).unwrap();
+                // As after SIGKILL: no Drop runs; the end of this thread detaches, and the gate closes.
+                std::mem::forget(frozen);
+                drop(armed);
+            })
+            .join()
+            .unwrap();
+    });
+    echo.says_back(b"nothing happened");
+}

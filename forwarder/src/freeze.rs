@@ -1,0 +1,378 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Freeze and thaw: every thread of every process that holds a socket stands still, and goes on later as if nothing
+//! had been.
+//!
+//! PTRACE_SEIZE and PTRACE_INTERRUPT, so no signal is sent and no SIGCHLD reaches a parent. A [`Frozen`] belongs to
+//! the thread that made it (ptrace answers no other), and thaws when it is dropped, whatever happens. Never
+//! PTRACE_O_EXITKILL: if the forwarder dies, the kernel detaches every thread and each goes on by itself.
+//!
+//! What a stop does to a system call is undone here, at once and for every thread, also when the swap is given up
+//! later: see [`crate::arch::interrupted`].
+//!
+//! While anything is frozen, nothing here waits for anybody but the kernel.
+
+use std::{
+    collections::HashMap,
+    marker::PhantomData,
+    os::fd::OwnedFd,
+    time::{Duration, Instant},
+};
+
+use forwarder_api::Refusal;
+use nix::{errno::Errno, sys::ptrace, unistd::Pid};
+
+use crate::{
+    arch::{self, Interrupted, Partial, Regs},
+    foothold::Foothold,
+    process::{self, Memory, RemoteAddr, RemoteFd, Tgid, Tid},
+};
+
+/// How long to sleep between two looks at threads that do not stand still yet.
+const POLL: Duration = Duration::from_micros(20);
+
+/// A process all of whose threads stand still.
+pub struct FrozenProcess {
+    pub tgid: Tgid,
+    pub pidfd: OwnedFd,
+    pub memory: Memory,
+    pub foothold: Foothold,
+    threads: Vec<FrozenThread>,
+}
+
+struct FrozenThread {
+    tid: Tid,
+    /// What the thread goes on with.
+    regs: Regs,
+    /// It has other registers at this moment.
+    dirty: bool,
+}
+
+/// Processes that stand still. Dropping it thaws them.
+pub struct Frozen {
+    processes: Vec<FrozenProcess>,
+    /// Seized and perhaps not stopped yet: only while freezing, or after it failed.
+    seized: HashMap<Tid, Tgid>,
+    began: Instant,
+    _here: PhantomData<*const ()>,
+}
+
+impl Frozen {
+    /// Stop all threads of `tgids` before `deadline`.
+    pub fn freeze(tgids: &[Tgid], deadline: Instant) -> Result<Frozen, Refusal> {
+        let mut frozen = Frozen {
+            processes: Vec::with_capacity(tgids.len()),
+            seized: HashMap::new(),
+            began: Instant::now(),
+            _here: PhantomData,
+        };
+        let mut stopped = HashMap::new();
+        for tgid in tgids {
+            frozen.seize_new_threads(*tgid)?;
+        }
+        // A thread that is not stopped yet may make another one: look again until all stand still and none is new.
+        loop {
+            frozen.wait_all_stopped(&mut stopped, deadline)?;
+            let mut new = 0;
+            for tgid in tgids {
+                new += frozen.seize_new_threads(*tgid)?;
+            }
+            if new == 0 {
+                break;
+            }
+        }
+        for tgid in tgids {
+            let process = frozen.examine(*tgid, &stopped)?;
+            frozen.processes.push(process);
+        }
+        Ok(frozen)
+    }
+
+    pub fn processes(&self) -> &[FrozenProcess] {
+        &self.processes
+    }
+
+    pub fn process(&mut self, tgid: Tgid) -> Option<&mut FrozenProcess> {
+        self.processes.iter_mut().find(|process| process.tgid == tgid)
+    }
+
+    pub fn threads(&self) -> usize {
+        self.processes.iter().map(|process| process.threads.len()).sum()
+    }
+
+    /// Since the first thread was told to stop.
+    pub fn began(&self) -> Instant {
+        self.began
+    }
+
+    fn seize_new_threads(&mut self, tgid: Tgid) -> Result<usize, Refusal> {
+        let mut new = 0;
+        for tid in process::threads(tgid).map_err(|_| Refusal::HolderVanished)? {
+            if self.seized.contains_key(&tid) {
+                continue;
+            }
+            match ptrace::seize(Pid::from_raw(tid.0), ptrace::Options::PTRACE_O_TRACESYSGOOD) {
+                Ok(()) => {}
+                // Gone, or a zombie: a leader that ended before its threads.
+                Err(_) if matches!(process::state(tgid, tid), None | Some('Z' | 'X')) => continue,
+                Err(Errno::EPERM) => return Err(Refusal::HolderTraced),
+                Err(_) => return Err(Refusal::HolderVanished),
+            }
+            self.seized.insert(tid, tgid);
+            // ESRCH: it is ending; waiting for it will show that.
+            let _ = ptrace::interrupt(Pid::from_raw(tid.0));
+            new += 1;
+        }
+        Ok(new)
+    }
+
+    fn wait_all_stopped(
+        &mut self,
+        stopped: &mut HashMap<Tid, Stop>,
+        deadline: Instant,
+    ) -> Result<(), Refusal> {
+        loop {
+            let waiting: Vec<Tid> =
+                self.seized.keys().filter(|tid| !stopped.contains_key(tid)).copied().collect();
+            if waiting.is_empty() {
+                return Ok(());
+            }
+            let mut progress = false;
+            for tid in waiting {
+                match stop_of(tid) {
+                    Some(Stop::Gone) => {
+                        self.seized.remove(&tid);
+                        progress = true;
+                    }
+                    // Deliver it; the thread then stops for us before it runs the handler.
+                    Some(Stop::Signal(signal)) => {
+                        go_on(libc::PTRACE_CONT, tid, signal)?;
+                        progress = true;
+                    }
+                    Some(stop) => {
+                        stopped.insert(tid, stop);
+                        progress = true;
+                    }
+                    None => {}
+                }
+            }
+            if Instant::now() >= deadline {
+                return Err(Refusal::FreezeBudget);
+            }
+            if !progress {
+                std::thread::sleep(POLL);
+            }
+        }
+    }
+
+    /// All threads of this process stand still: see what the stop did to their system calls, and undo it.
+    fn examine(&self, tgid: Tgid, stopped: &HashMap<Tid, Stop>) -> Result<FrozenProcess, Refusal> {
+        let vanished = |_| Refusal::HolderVanished;
+        let memory = Memory::open(tgid).map_err(vanished)?;
+        let vdso = process::vdso(tgid).map_err(vanished)?.ok_or(Refusal::NoInjectionRoom)?;
+        let mut process = FrozenProcess {
+            tgid,
+            pidfd: process::pidfd(tgid).map_err(vanished)?,
+            foothold: Foothold { at: RemoteAddr(0), scratch: None },
+            memory,
+            threads: Vec::new(),
+        };
+        let mut refusal = None;
+        for tid in self.seized.iter().filter(|(_, of)| **of == tgid).map(|(tid, _)| *tid) {
+            let regs = read_regs(tid).map_err(|_| Refusal::HolderVanished)?;
+            if !arch::is_64_bit(&regs) {
+                return Err(Refusal::Holder32Bit);
+            }
+            if stopped.get(&tid) != Some(&Stop::Interrupted) {
+                refusal = Some(Refusal::HolderStopped);
+            }
+            process.threads.push(FrozenThread { tid, regs, dirty: false });
+        }
+        if process.threads.is_empty() {
+            return Err(Refusal::HolderVanished);
+        }
+        process.foothold = Foothold::establish(&process.memory, vdso)?;
+        for index in 0..process.threads.len() {
+            // Every thread is put right, also when another one makes the swap impossible.
+            if let Err(reason) = process.undo_interruption(index) {
+                refusal = Some(reason);
+            }
+        }
+        match refusal {
+            None => Ok(process),
+            Some(reason) => Err(reason),
+        }
+    }
+
+    /// Let every thread go on. The same as dropping, by its name.
+    pub fn thaw(self) -> Instant {
+        drop(self);
+        Instant::now()
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        for process in &mut self.processes {
+            for thread in &mut process.threads {
+                if thread.dirty {
+                    // ESRCH: killed meanwhile; there is nothing to put right any more.
+                    let _ = write_regs(thread.tid, thread.regs);
+                }
+            }
+        }
+        for tid in self.seized.keys() {
+            // A thread that is not stopped yet cannot be detached here: the end of this tracer thread does it.
+            let _ = ptrace::detach(Pid::from_raw(tid.0), None);
+        }
+    }
+}
+
+impl FrozenProcess {
+    fn undo_interruption(&mut self, index: usize) -> Result<(), Refusal> {
+        let FrozenThread { tid, regs, .. } = self.threads[index];
+        if self.foothold.is_in_block(regs.rip) {
+            return Err(Refusal::HolderBusy);
+        }
+        match arch::interrupted(&regs) {
+            Interrupted::No => Ok(()),
+            Interrupted::Call => {
+                // At once, not at the thaw: if we die before, the thread must still see no EINTR.
+                let regs = arch::repeat_call(&regs);
+                self.threads[index].regs = regs;
+                write_regs(tid, regs).map_err(|_| Refusal::HolderVanished)
+            }
+            Interrupted::Transfer(partial)
+                if partial.dont_wait || !is_blocking(tid, RemoteFd(partial.fd)) =>
+            {
+                Ok(())
+            }
+            Interrupted::Transfer(partial) => self.finish_later(index, &partial),
+            Interrupted::Vector { fd } if !is_blocking(tid, RemoteFd(fd)) => Ok(()),
+            Interrupted::Vector { .. } => Err(Refusal::UnfinishedCall),
+        }
+    }
+
+    fn finish_later(&mut self, index: usize, partial: &Partial) -> Result<(), Refusal> {
+        let FrozenThread { tid, regs, .. } = self.threads[index];
+        let vanished = |_| Refusal::HolderVanished;
+        let frame = if self.foothold.is_in_resume(regs.rip) {
+            let mut frame = [0; arch::RESUME_FRAME_LEN];
+            self.memory.read(RemoteAddr(regs.rsp), &mut frame).map_err(vanished)?;
+            Some(frame)
+        } else {
+            None
+        };
+        let resume = arch::resume(&regs, partial, self.foothold.at.0, frame);
+        self.memory.write(RemoteAddr(resume.frame_at), &resume.frame).map_err(|_| Refusal::UnfinishedCall)?;
+        self.threads[index].regs = resume.regs;
+        write_regs(tid, resume.regs).map_err(|_| Refusal::HolderVanished)
+    }
+
+    pub fn thread_count(&self) -> usize {
+        self.threads.len()
+    }
+
+    /// A thread to run injected code in, and what it goes on with afterwards.
+    pub fn lend_thread(&mut self) -> Lent<'_> {
+        let thread = &mut self.threads[0];
+        thread.dirty = true;
+        Lent { tid: thread.tid, regs: thread.regs, dirty: &mut thread.dirty }
+    }
+}
+
+impl FrozenProcess {
+    /// The lent thread came back by itself, ran on, and was stopped again: freeze it where it is now.
+    pub fn take_back_thread(&mut self) -> Result<(), Refusal> {
+        let thread = &mut self.threads[0];
+        thread.regs = read_regs(thread.tid).map_err(|_| Refusal::HolderVanished)?;
+        thread.dirty = false;
+        self.undo_interruption(0)
+    }
+}
+
+/// A stopped thread that somebody changes the registers of. Until [`Lent::give_back`], the thaw restores them.
+pub struct Lent<'a> {
+    pub tid: Tid,
+    pub regs: Regs,
+    dirty: &'a mut bool,
+}
+
+impl Lent<'_> {
+    /// The thread has its own registers again.
+    pub fn give_back(self) {
+        *self.dirty = false;
+    }
+}
+
+fn is_blocking(tid: Tid, fd: RemoteFd) -> bool {
+    process::open_flags(tid, fd).is_ok_and(|flags| flags & libc::O_NONBLOCK == 0)
+}
+
+/// How a seized thread was found by waitpid(2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// By PTRACE_INTERRUPT.
+    Interrupted,
+    /// By job control: the whole process is stopped.
+    Group,
+    /// In a system call, at its entry or its exit.
+    Syscall,
+    /// This signal is about to be delivered to it.
+    Signal(i32),
+    /// It ended.
+    Gone,
+}
+
+/// The stop that waits to be reported by this thread, if there is one.
+pub fn stop_of(tid: Tid) -> Option<Stop> {
+    let mut status = 0;
+    // SAFETY: waitpid(2) writes an int to the given place. (nix's waitpid knows no real-time signals.)
+    let ret = unsafe { libc::waitpid(tid.0, &mut status, libc::__WALL | libc::WNOHANG) };
+    if ret == 0 {
+        return None;
+    }
+    if ret < 0 || !libc::WIFSTOPPED(status) {
+        return Some(Stop::Gone);
+    }
+    let signal = libc::WSTOPSIG(status);
+    Some(match (signal, status >> 16) {
+        (libc::SIGTRAP, libc::PTRACE_EVENT_STOP) => Stop::Interrupted,
+        (_, libc::PTRACE_EVENT_STOP) => Stop::Group,
+        (signal, _) if signal == libc::SIGTRAP | 0x80 => Stop::Syscall,
+        (signal, _) => Stop::Signal(signal),
+    })
+}
+
+/// Let a stopped thread go on in the way that `request` (PTRACE_CONT or PTRACE_SYSCALL) says, with that signal.
+pub fn go_on(request: libc::c_uint, tid: Tid, signal: i32) -> Result<(), Refusal> {
+    // SAFETY: these two requests take no address, and the signal as data.
+    let ret =
+        unsafe { libc::ptrace(request, tid.0, std::ptr::null_mut::<libc::c_void>(), signal as libc::c_long) };
+    if ret < 0 { Err(Refusal::HolderVanished) } else { Ok(()) }
+}
+
+/// Wait for the next stop of a thread.
+pub fn wait_for_stop(tid: Tid, deadline: Instant) -> Result<Stop, Refusal> {
+    loop {
+        match stop_of(tid) {
+            Some(Stop::Gone) => return Err(Refusal::HolderVanished),
+            Some(stop) => return Ok(stop),
+            None if Instant::now() >= deadline => return Err(Refusal::InjectionFailed),
+            None => std::hint::spin_loop(),
+        }
+    }
+}
+
+fn tracee(tid: Tid) -> pete::Tracee {
+    // pete's own tracer is not used (see ARCHITECTURE.md); its tracee reads and writes registers of any stopped
+    // thread. The stop that it is told is not looked at for that.
+    pete::Tracee::new(pete::Pid::from_raw(tid.0), None, pete::Stop::Attach)
+}
+
+pub fn read_regs(tid: Tid) -> Result<Regs, pete::Error> {
+    tracee(tid).registers()
+}
+
+pub fn write_regs(tid: Tid, regs: Regs) -> Result<(), pete::Error> {
+    tracee(tid).set_registers(regs)
+}

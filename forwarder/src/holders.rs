@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Who holds a socket: processes, descriptor tables, descriptors, and the epoll sets that watch it.
+//!
+//! Pure: from a list of all descriptors of the host to a plan of what to replace where.
+
+use std::collections::BTreeMap;
+
+use forwarder_api::Refusal;
+
+use crate::{
+    inject::{Replacement, TablePlan, WatcherPlan},
+    inspect::{Descriptor, Kind, SocketFacts},
+    process::{RemoteFd, Tgid, Tid},
+};
+
+/// The descriptors of one socket in one descriptor table. Several processes may share a table (CLONE_FILES); the
+/// first one found acts for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Table {
+    pub table: u64,
+    pub tgid: Tgid,
+    pub tid: Tid,
+    pub fds: Vec<RemoteFd>,
+    /// All epoll sets in this table: which set, and its descriptor here.
+    pub epolls: Vec<(u64, RemoteFd)>,
+}
+
+/// All that can be seen to hold one socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holders {
+    /// Every process that can use the socket.
+    pub tgids: Vec<Tgid>,
+    pub tables: Vec<Table>,
+}
+
+impl Holders {
+    /// Everything in `listed` that holds the open file `file`; descriptors of `own`, this process, do not count.
+    pub fn of(file: u64, listed: &[Descriptor], own: Tgid) -> Holders {
+        let mut tables: BTreeMap<u64, Table> = BTreeMap::new();
+        let held = || listed.iter().filter(|d| d.kind == Kind::Tcp && d.file == file && d.tgid != own.0);
+        for descriptor in held() {
+            let table = tables.entry(descriptor.table).or_insert_with(|| Table {
+                table: descriptor.table,
+                tgid: Tgid(descriptor.tgid),
+                tid: Tid(descriptor.tid),
+                fds: Vec::new(),
+                epolls: Vec::new(),
+            });
+            let fd = RemoteFd(descriptor.fd);
+            if !table.fds.contains(&fd) {
+                table.fds.push(fd);
+            }
+        }
+        for descriptor in listed.iter().filter(|d| d.kind == Kind::Epoll) {
+            if let Some(table) = tables.get_mut(&descriptor.table) {
+                let epoll = (descriptor.epoll, RemoteFd(descriptor.fd));
+                if !table.epolls.contains(&epoll) {
+                    table.epolls.push(epoll);
+                }
+            }
+        }
+        let mut tgids: Vec<Tgid> = held().map(|descriptor| Tgid(descriptor.tgid)).collect();
+        tgids.sort_unstable();
+        tgids.dedup();
+        Holders { tgids, tables: tables.into_values().collect() }
+    }
+
+    pub fn fds(&self) -> usize {
+        self.tables.iter().map(|table| table.fds.len()).sum()
+    }
+
+    /// Do the descriptors found account for every reference (invariant 5)? `own` are ours.
+    pub fn account_for(&self, facts: &SocketFacts, own: usize) -> bool {
+        facts.refs == (self.fds() + own) as u64
+    }
+}
+
+/// What to do to each table so that socket `index` takes the place of the one that `holders` hold, while `facts` is
+/// what it looks like. Plans are added to those of other sockets of the same tables.
+pub fn plan(
+    plans: &mut BTreeMap<u64, TablePlan>,
+    holders: &Holders,
+    facts: &SocketFacts,
+    index: usize,
+    close_on_exec: impl Fn(&Table, RemoteFd) -> bool,
+) -> Result<(), Refusal> {
+    if facts.watchers_left_out {
+        return Err(Refusal::EpollUnreachable);
+    }
+    for watcher in &facts.watchers {
+        if has_fired(watcher.events) {
+            return Err(Refusal::OneShotFired);
+        }
+        let fd = RemoteFd(watcher.fd as i32);
+        // A registration is named by set and descriptor: somebody must have both.
+        let (table, epoll) = holders
+            .tables
+            .iter()
+            .filter(|table| table.fds.contains(&fd))
+            .find_map(|table| {
+                let epoll = table.epolls.iter().find(|(epoll, _)| *epoll == watcher.epoll)?;
+                Some((table, epoll.1))
+            })
+            .ok_or(Refusal::EpollUnreachable)?;
+        let plan = plans.entry(table.table).or_default();
+        plan.watchers.push(WatcherPlan { epoll, fd, events: watcher.events, data: watcher.data });
+    }
+    for table in &holders.tables {
+        let plan = plans.entry(table.table).or_default();
+        plan.replacements.extend(table.fds.iter().map(|fd| Replacement {
+            fd: *fd,
+            close_on_exec: close_on_exec(table, *fd),
+            socket: index,
+        }));
+    }
+    Ok(())
+}
+
+/// EP_PRIVATE_BITS of fs/eventpoll.c: all that is left of a one-shot registration that has fired.
+const PRIVATE_BITS: u32 =
+    (libc::EPOLLWAKEUP | libc::EPOLLONESHOT | libc::EPOLLET | libc::EPOLLEXCLUSIVE) as u32;
+
+fn has_fired(events: u32) -> bool {
+    events & libc::EPOLLONESHOT as u32 != 0 && events & !PRIVATE_BITS == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, SocketAddr};
+
+    use super::*;
+    use crate::inspect::Watcher;
+
+    const ME: Tgid = Tgid(1);
+    const ADDRESS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 1);
+
+    fn tcp(tgid: i32, table: u64, fd: i32) -> Descriptor {
+        Descriptor {
+            kind: Kind::Tcp,
+            file: 100,
+            table,
+            inode: 1,
+            epoll: 0,
+            cgroups: [0; 12],
+            bytes_sent: 0,
+            bytes_received: 0,
+            tgid,
+            tid: tgid,
+            fd,
+            netns: 1,
+            v6: false,
+            state: 1,
+            local: ADDRESS,
+            remote: ADDRESS,
+        }
+    }
+
+    fn epoll(tgid: i32, table: u64, fd: i32, epoll: u64) -> Descriptor {
+        Descriptor { kind: Kind::Epoll, epoll, ..tcp(tgid, table, fd) }
+    }
+
+    fn watched(watchers: Vec<Watcher>) -> SocketFacts {
+        SocketFacts {
+            file: 100,
+            refs: 0,
+            inode: 1,
+            netns: 1,
+            v6: false,
+            state: 1,
+            write_seq: 0,
+            snd_una: 0,
+            rcv_nxt: 0,
+            copied_seq: 0,
+            shutdown: 0,
+            urgent: false,
+            out_of_order: false,
+            mptcp: false,
+            ulp: false,
+            filter: false,
+            signature: false,
+            repair: false,
+            watchers,
+            watchers_left_out: false,
+        }
+    }
+
+    #[test]
+    fn a_shared_table_counts_once_but_all_its_processes_are_frozen() {
+        let holders = Holders::of(100, &[tcp(10, 7, 3), tcp(11, 7, 3), tcp(1, 9, 5)], ME);
+        assert_eq!(holders.tgids, [Tgid(10), Tgid(11)]);
+        assert_eq!(holders.fds(), 1);
+    }
+
+    #[test]
+    fn a_reference_that_nobody_shows_is_noticed() {
+        let holders = Holders::of(100, &[tcp(10, 7, 3), tcp(12, 8, 3), tcp(12, 8, 4)], ME);
+        let facts = |refs| SocketFacts { refs, ..watched(vec![]) };
+        assert!(holders.account_for(&facts(4), 1));
+        assert!(!holders.account_for(&facts(5), 1));
+    }
+
+    #[test]
+    fn an_epoll_set_shared_over_fork_is_changed_once() {
+        let listed = [tcp(10, 7, 3), tcp(11, 8, 3), epoll(10, 7, 4, 55), epoll(11, 8, 4, 55)];
+        let holders = Holders::of(100, &listed, ME);
+        let facts = watched(vec![Watcher { epoll: 55, fd: 3, events: 1, data: 9 }]);
+        let mut plans = BTreeMap::new();
+        plan(&mut plans, &holders, &facts, 0, |_, _| false).unwrap();
+        assert_eq!(plans.values().map(|plan| plan.watchers.len()).sum::<usize>(), 1);
+        assert!(plans.values().all(|plan| plan.replacements.len() == 1));
+    }
+
+    #[test]
+    fn an_epoll_set_that_no_holder_has_is_refused() {
+        let holders = Holders::of(100, &[tcp(10, 7, 3)], ME);
+        let facts = watched(vec![Watcher { epoll: 55, fd: 3, events: 1, data: 9 }]);
+        assert_eq!(
+            plan(&mut BTreeMap::new(), &holders, &facts, 0, |_, _| false),
+            Err(Refusal::EpollUnreachable)
+        );
+    }
+
+    #[test]
+    fn a_one_shot_registration_is_moved_only_while_it_is_armed() {
+        let holders = Holders::of(100, &[tcp(10, 7, 3), epoll(10, 7, 4, 55)], ME);
+        let check = |events, expected| {
+            let facts = watched(vec![Watcher { epoll: 55, fd: 3, events, data: 9 }]);
+            assert_eq!(plan(&mut BTreeMap::new(), &holders, &facts, 0, |_, _| false), expected);
+        };
+        let oneshot = libc::EPOLLONESHOT as u32;
+        check(oneshot | libc::EPOLLIN as u32, Ok(()));
+        check(oneshot, Err(Refusal::OneShotFired));
+    }
+}

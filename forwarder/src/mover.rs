@@ -1,0 +1,618 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Carries a transaction out: one plain thread from the first look to the thaw.
+//!
+//! The thread that freezes must be the one that thaws (ptrace(2)), and its end detaches whatever is left: so each
+//! transaction has a thread of its own, and that thread does nothing else. [`Remote`] executes the actions of
+//! [`crate::transaction::End`]; [`run_local`] moves both ends of a connection within this host in one freeze, where
+//! no protocol is needed.
+
+use std::{
+    collections::VecDeque,
+    io,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use forwarder_api::{ConnId, Direction, Moved, Outcome, Refusal, Role, SocketInode};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::{
+        eventfd::{EfdFlags, EventFd},
+        socket::{MsgFlags, recv, send},
+    },
+};
+
+use crate::{
+    exchange::{Armed, Substitution, facts_while_frozen, look},
+    freeze::Frozen,
+    inspect::{Inspector, SocketFacts},
+    options::{ReceiveRoom, Shallow},
+    site::{Parked, Prepared, PreparedEnd, Site, locked, report, tgids_of},
+    transaction::{Action, End, Event, Look, Mark, Message, Relation, relation},
+};
+
+/// A connection whose queues hold more than this is made shallow before it is frozen, in bytes.
+const CALM_BYTES: u32 = 256 << 10;
+/// How long a busy connection may take to become shallow, and how often that is looked at.
+const CALM_TIME: Duration = Duration::from_millis(20);
+const CALM_POLL: Duration = Duration::from_micros(500);
+/// Between two looks at what is in flight, while frozen.
+const SETTLE_POLL: Duration = Duration::from_micros(30);
+/// How long a follower waits for its decider, and a promised or installed end for its peer's mark.
+const WAIT_FOR_FREEZE: Duration = Duration::from_secs(5);
+const SILENCE: Duration = Duration::from_secs(3);
+
+/// What others tell a running transaction.
+pub struct Mailbox {
+    letters: Mutex<VecDeque<Event>>,
+    bell: EventFd,
+}
+
+impl Mailbox {
+    pub fn new() -> io::Result<Arc<Mailbox>> {
+        let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        Ok(Arc::new(Mailbox { letters: Mutex::default(), bell }))
+    }
+
+    pub fn put(&self, event: Event) {
+        locked(&self.letters).push_back(event);
+        // Full (EAGAIN) is rung, too.
+        let _ = self.bell.write(1);
+    }
+
+    fn take_all(&self) -> VecDeque<Event> {
+        let _ = self.bell.read();
+        std::mem::take(&mut *locked(&self.letters))
+    }
+}
+
+/// Sends a message to the forwarder at the other end.
+pub type Tell = Box<dyn Fn(&Message) + Send>;
+
+/// The times of a transaction.
+#[derive(Default)]
+struct Times {
+    began: Option<Instant>,
+    frozen: Option<Instant>,
+    settled: Option<Instant>,
+    installed: Option<Instant>,
+    thawed: Option<Instant>,
+}
+
+impl Times {
+    fn pause_us(&self) -> u64 {
+        between(self.began, self.thawed)
+    }
+
+    fn moved(&self) -> Moved {
+        Moved {
+            pause_us: self.pause_us(),
+            freeze_us: between(self.began, self.frozen),
+            settle_us: between(self.frozen, self.settled),
+            install_us: between(self.settled, self.installed),
+            ..Moved::default()
+        }
+    }
+}
+
+fn between(from: Option<Instant>, to: Option<Instant>) -> u64 {
+    match (from, to) {
+        (Some(from), Some(to)) => to.saturating_duration_since(from).as_micros() as u64,
+        _ => 0,
+    }
+}
+
+/// What a mover leaves behind for the site, besides the outcome.
+pub struct Finished {
+    pub outcome: Outcome,
+    /// The way back, if there is one now.
+    pub parked: Option<Parked>,
+}
+
+/// The new sockets of a transaction: given by the router, or what was parked.
+pub fn new_sockets(prepared: &mut Prepared, given: Vec<OwnedFd>) -> Result<Vec<OwnedFd>, Refusal> {
+    let sockets = match prepared.direction {
+        Direction::ToHost => given,
+        Direction::ToOverlay => {
+            let parked = prepared.parked.as_ref().ok_or(Refusal::NotParked)?;
+            let copies: io::Result<Vec<_>> = parked.overlay.iter().map(OwnedFd::try_clone).collect();
+            copies.map_err(|_| Refusal::InjectionFailed)?
+        }
+    };
+    if sockets.len() == prepared.ends.len() { Ok(sockets) } else { Err(Refusal::HostPathFailed) }
+}
+
+/// One end of a transaction between two hosts.
+pub struct Remote {
+    site: Arc<Site>,
+    prepared: Prepared,
+    new: Option<OwnedFd>,
+    role: Role,
+    budget: Duration,
+    mailbox: Arc<Mailbox>,
+    tell: Tell,
+}
+
+impl Remote {
+    pub fn new(
+        site: &Arc<Site>,
+        prepared: Prepared,
+        new: OwnedFd,
+        role: Role,
+        budget: Duration,
+        mailbox: Arc<Mailbox>,
+        tell: Tell,
+    ) -> Remote {
+        Remote { site: Arc::clone(site), prepared, new: Some(new), role, budget, mailbox, tell }
+    }
+
+    /// Run to the end. To be called on a thread of its own.
+    pub fn run(mut self) -> Finished {
+        let inspector = match self.site.programs.inspector() {
+            Ok(inspector) => inspector,
+            Err(error) => {
+                (self.tell)(&Message::Abort { reason: Refusal::InjectionFailed, marked: false });
+                return Finished { outcome: aborted(report(error), 0), parked: None };
+            }
+        };
+        let direction = self.prepared.direction;
+        let Some(end) = self.prepared.ends.pop() else {
+            return Finished { outcome: aborted(Refusal::NotEstablished, 0), parked: None };
+        };
+        let mut running = Running {
+            mover: &mut self,
+            end: &end,
+            inspector,
+            frozen: None,
+            facts: None,
+            armed: None,
+            shallow: None,
+            receive_room: None,
+            times: Times::default(),
+            unread_bytes: 0,
+            threads: 0,
+            look_at: None,
+            with_unread: false,
+            calm_by: None,
+            awaiting_mark: false,
+            silent_since: Some(Instant::now() + WAIT_FOR_FREEZE - SILENCE),
+            ended: None,
+        };
+        let mut machine = End::new(running.mover.role, direction);
+        running.run(&mut machine);
+        let result = running.ended.take().unwrap_or(Err(Refusal::InjectionFailed));
+        let (times, unread_bytes, threads) =
+            (std::mem::take(&mut running.times), running.unread_bytes, running.threads);
+        drop(running);
+        self.finish(end, result, times, unread_bytes, threads)
+    }
+
+    fn finish(
+        mut self,
+        end: PreparedEnd,
+        result: Result<(), Refusal>,
+        times: Times,
+        unread_bytes: u64,
+        threads: u32,
+    ) -> Finished {
+        if let Err(reason) = result {
+            if self.new.is_none() && self.prepared.direction == Direction::ToOverlay {
+                // The overlay connection was given up: there is no way back any more.
+                self.prepared.parked = None;
+            }
+            return Finished { outcome: aborted(reason, times.pause_us()), parked: None };
+        }
+        let mut moved = Moved {
+            unread_bytes,
+            threads,
+            processes: end.holders.tgids.len() as u32,
+            fds: end.holders.fds() as u32,
+            ..times.moved()
+        };
+        moved.socket = self.new.as_ref().and_then(socket_inode);
+        let parked = match self.prepared.direction {
+            Direction::ToHost => Some(Parked {
+                overlay: vec![end.old],
+                host: moved.socket.into_iter().collect(),
+                note: std::mem::take(&mut self.prepared.note),
+                moved: moved.clone(),
+            }),
+            Direction::ToOverlay => {
+                self.prepared.parked = None;
+                None
+            }
+        };
+        Finished { outcome: Outcome::Moved(moved), parked }
+    }
+}
+
+fn aborted(reason: Refusal, pause_us: u64) -> Outcome {
+    Outcome::Aborted { reason, pause_us }
+}
+
+fn socket_inode(socket: &OwnedFd) -> Option<SocketInode> {
+    nix::sys::stat::fstat(socket).ok().map(|stat| SocketInode(stat.st_ino))
+}
+
+/// The state of a [`Remote`] while it runs. Field order is drop order: thaw first.
+struct Running<'a> {
+    frozen: Option<Frozen>,
+    armed: Option<Armed>,
+    shallow: Option<Shallow<'a>>,
+    receive_room: Option<ReceiveRoom<'a>>,
+    mover: &'a mut Remote,
+    end: &'a PreparedEnd,
+    inspector: Inspector,
+    facts: Option<SocketFacts>,
+    times: Times,
+    unread_bytes: u64,
+    threads: u32,
+    look_at: Option<Instant>,
+    with_unread: bool,
+    calm_by: Option<Instant>,
+    awaiting_mark: bool,
+    silent_since: Option<Instant>,
+    ended: Option<Result<(), Refusal>>,
+}
+
+impl Running<'_> {
+    fn run(&mut self, machine: &mut End) {
+        let mut events = VecDeque::from([Event::Start]);
+        while !machine.is_over() {
+            while let Some(event) = events.pop_front() {
+                for action in machine.step(event) {
+                    if let Some(event) = self.act(action) {
+                        events.push_back(event);
+                    }
+                }
+            }
+            if !machine.is_over() {
+                self.wait(&mut events);
+            }
+        }
+    }
+
+    /// Do it, and say what came of it.
+    fn act(&mut self, action: Action) -> Option<Event> {
+        match action {
+            Action::Tell(message) => {
+                (self.mover.tell)(&message);
+                None
+            }
+            Action::MakeShallow => self.make_shallow(),
+            Action::Freeze => Some(self.freeze().map_or_else(Event::FreezeFailed, Event::Frozen)),
+            Action::LookAgain { with_unread } => {
+                self.with_unread |= with_unread;
+                self.look_at = Some(if with_unread { Instant::now() } else { Instant::now() + SETTLE_POLL });
+                None
+            }
+            Action::Arm { mark, carry } => {
+                Some(self.arm(mark, &carry).map_or_else(Event::ArmFailed, |()| Event::Armed))
+            }
+            Action::OpenGate => Some(self.install().map_or_else(Event::InstallFailed, |()| Event::Installed)),
+            Action::CloseGate => {
+                if let (Some(armed), Some(frozen)) = (self.armed.take(), &mut self.frozen) {
+                    armed.turn_back(frozen);
+                }
+                None
+            }
+            Action::AwaitMark => {
+                self.awaiting_mark = true;
+                self.silent_since = Some(Instant::now());
+                None
+            }
+            Action::SendAbortMark => {
+                if let Some(new) = &self.mover.new {
+                    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+                    let _ = send(new.as_raw_fd(), &[Mark::Abort.byte()], flags);
+                }
+                None
+            }
+            Action::Reverse => {
+                self.reverse();
+                None
+            }
+            Action::CloseNew => {
+                self.mover.new = None;
+                None
+            }
+            Action::Thaw => {
+                self.receive_room = None;
+                if let Some(frozen) = self.frozen.take() {
+                    self.times.thawed = Some(frozen.thaw());
+                }
+                self.shallow = None;
+                None
+            }
+            Action::End(result) => {
+                self.ended = Some(result);
+                None
+            }
+        }
+    }
+
+    fn queued_bytes(&self) -> u32 {
+        match self.inspector.socket(self.end.old.as_fd()) {
+            Ok(Some(facts)) => {
+                let sending = facts.write_seq.wrapping_sub(facts.snd_una);
+                let unread = facts.rcv_nxt.wrapping_sub(facts.copied_seq);
+                sending.max(unread)
+            }
+            Ok(None) | Err(_) => 0,
+        }
+    }
+
+    fn make_shallow(&mut self) -> Option<Event> {
+        if self.queued_bytes() > CALM_BYTES / 4 {
+            match Shallow::make(self.end.old.as_fd()) {
+                Ok(shallow) => self.shallow = Some(shallow),
+                Err(reason) => return Some(Event::Cancel(reason)),
+            }
+        }
+        if self.mover.role == Role::Follower {
+            return None;
+        }
+        let Some(_) = &self.shallow else { return Some(Event::Calm) };
+        self.calm_by = Some(Instant::now() + CALM_TIME);
+        None
+    }
+
+    fn freeze(&mut self) -> Result<Look, Refusal> {
+        self.silent_since = None;
+        let tgids = &self.end.holders.tgids;
+        self.times.began = Some(Instant::now());
+        let frozen = Frozen::freeze(tgids, Instant::now() + self.mover.budget);
+        self.times.thawed = Some(Instant::now());
+        let frozen = frozen?;
+        self.times.frozen = Some(Instant::now());
+        self.threads = frozen.threads() as u32;
+        let facts = facts_while_frozen(self.end, &frozen, &self.inspector);
+        self.frozen = Some(frozen);
+        let facts = facts?;
+        let look = look(self.end.old.as_fd(), &facts, false)?;
+        self.facts = Some(facts);
+        Ok(look)
+    }
+
+    fn look(&mut self) -> Event {
+        let looked = || -> Result<(SocketFacts, Look), Refusal> {
+            let facts = self
+                .inspector
+                .socket(self.end.old.as_fd())
+                .map_err(|_| Refusal::InjectionFailed)?
+                .ok_or(Refusal::HolderVanished)?;
+            crate::site::may_be_moved(&facts)?;
+            let look = look(self.end.old.as_fd(), &facts, self.with_unread)?;
+            Ok((facts, look))
+        }();
+        match looked {
+            Ok((facts, look)) => {
+                self.facts = Some(facts);
+                if self.receive_room.is_none() {
+                    // Something is on its way, and nobody reads: make room for it to land.
+                    let room = forwarder_api::MAX_UNREAD_BYTES;
+                    self.receive_room = ReceiveRoom::make(self.end.old.as_fd(), room).ok();
+                }
+                Event::Looked(look)
+            }
+            Err(reason) => Event::Cancel(reason),
+        }
+    }
+
+    fn substitution<'b>(
+        end: &'b PreparedEnd,
+        new: &'b OwnedFd,
+        facts: &SocketFacts,
+        carry: Vec<u8>,
+    ) -> Substitution<'b> {
+        Substitution {
+            old: end.old.as_fd(),
+            new: new.as_fd(),
+            facts: facts.clone(),
+            holders: &end.holders,
+            v6: end.v6,
+            carry,
+        }
+    }
+
+    fn arm(&mut self, mark: Mark, unread_of_peer: &[u8]) -> Result<(), Refusal> {
+        self.times.settled = Some(Instant::now());
+        let (Some(frozen), Some(new), Some(facts)) = (&mut self.frozen, &self.mover.new, &self.facts) else {
+            return Err(Refusal::HostPathFailed);
+        };
+        self.unread_bytes = u64::from(facts.rcv_nxt.wrapping_sub(facts.copied_seq));
+        let carry = [&[mark.byte()], unread_of_peer].concat();
+        let pair = Self::substitution(self.end, new, facts, carry);
+        let deadline = Instant::now() + self.mover.budget;
+        self.armed = Some(Armed::arm(frozen, &[pair], deadline)?);
+        Ok(())
+    }
+
+    fn install(&mut self) -> Result<(), Refusal> {
+        let (Some(frozen), Some(new), Some(facts), Some(armed)) =
+            (&mut self.frozen, &self.mover.new, &self.facts, self.armed.take())
+        else {
+            return Err(Refusal::HostPathFailed);
+        };
+        let pair = Self::substitution(self.end, new, facts, Vec::new());
+        let result = armed.install(frozen, &[pair]);
+        self.times.installed = Some(Instant::now());
+        result
+    }
+
+    /// The old socket into the places of the new one.
+    fn reverse(&mut self) {
+        let (Some(frozen), Some(new)) = (&mut self.frozen, &self.mover.new) else { return };
+        let Ok(Some(facts)) = self.inspector.socket(new.as_fd()) else { return };
+        let pair = Substitution {
+            old: new.as_fd(),
+            new: self.end.old.as_fd(),
+            facts,
+            holders: &self.end.holders,
+            v6: self.end.v6,
+            carry: Vec::new(),
+        };
+        let pairs = [pair];
+        if let Ok(armed) = Armed::arm(frozen, &pairs, Instant::now() + self.mover.budget) {
+            let _ = armed.install(frozen, &pairs);
+        }
+    }
+
+    /// Until something happens that the machine must know.
+    fn wait(&mut self, events: &mut VecDeque<Event>) {
+        let now = Instant::now();
+        if let Some(by) = self.calm_by
+            && (now >= by || self.queued_bytes() <= CALM_BYTES)
+        {
+            self.calm_by = None;
+            return events.push_back(Event::Calm);
+        }
+        if self.look_at.is_some_and(|at| now >= at) {
+            self.look_at = None;
+            return events.push_back(self.look());
+        }
+        let budget_ends =
+            self.times.began.filter(|_| !self.awaiting_mark).map(|began| began + self.mover.budget);
+        if budget_ends.is_some_and(|at| now >= at) {
+            return events.push_back(Event::BudgetOver);
+        }
+        let silence_ends = self.silent_since.map(|since| since + SILENCE);
+        if silence_ends.is_some_and(|at| now >= at) {
+            return events.push_back(Event::SilenceOver);
+        }
+        if self.awaiting_mark
+            && let Some(event) = self.read_mark()
+        {
+            self.awaiting_mark = false;
+            // Only an abort mark that was announced is followed by nothing: a second read would be the application's.
+            return events.push_back(event);
+        }
+        let soon = self.calm_by.map(|_| now + CALM_POLL);
+        let until = [soon, self.look_at, budget_ends, silence_ends].into_iter().flatten().min();
+        self.sleep(until.map_or(Duration::from_secs(1), |until| until - now));
+        events.extend(self.mover.mailbox.take_all());
+    }
+
+    fn sleep(&self, time: Duration) {
+        if time < Duration::from_millis(1) && !self.awaiting_mark {
+            // Shorter than poll(2) can tell: only the mailbox may have news, and it is looked at right after.
+            if locked(&self.mover.mailbox.letters).is_empty() {
+                std::thread::sleep(time.min(SETTLE_POLL));
+            }
+            return;
+        }
+        let mut fds = vec![PollFd::new(self.mover.mailbox.bell.as_fd(), PollFlags::POLLIN)];
+        if self.awaiting_mark
+            && let Some(new) = &self.mover.new
+        {
+            fds.push(PollFd::new(new.as_fd(), PollFlags::POLLIN));
+        }
+        // The application's SO_RCVLOWAT may hide a single byte from poll: never sleep long on it.
+        let longest = if self.awaiting_mark { 2 } else { 1000 };
+        let timeout = PollTimeout::from(time.as_millis().clamp(1, longest) as u16);
+        let _ = poll(&mut fds, timeout);
+    }
+
+    fn read_mark(&self) -> Option<Event> {
+        let Some(new) = &self.mover.new else { return Some(Event::NewEnded) };
+        let mut byte = [0];
+        match recv(new.as_raw_fd(), &mut byte, MsgFlags::MSG_DONTWAIT) {
+            Ok(1) => Some(Mark::of(byte[0]).map_or(Event::NewEnded, Event::Mark)),
+            Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EINTR) => None,
+            Ok(_) | Err(_) => Some(Event::NewEnded),
+        }
+    }
+}
+
+/// Both ends of a connection are here: one freeze, one gate, no protocol.
+pub fn run_local(site: &Site, mut prepared: Prepared, new: Vec<OwnedFd>, budget: Duration) -> Finished {
+    let mut times = Times::default();
+    let mut moved = Moved::default();
+    let ends = std::mem::take(&mut prepared.ends);
+    let result = move_locally(site, &ends, tgids_of(&ends), &new, budget, &mut times, &mut moved);
+    if let Err(reason) = result {
+        return Finished { outcome: aborted(reason, times.pause_us()), parked: None };
+    }
+    moved = Moved {
+        unread_bytes: moved.unread_bytes,
+        threads: moved.threads,
+        processes: tgids_of(&ends).len() as u32,
+        fds: ends.iter().map(|end| end.holders.fds() as u32).sum(),
+        socket: new.first().and_then(socket_inode),
+        ..times.moved()
+    };
+    let parked = match prepared.direction {
+        Direction::ToHost => Some(Parked {
+            overlay: ends.into_iter().map(|end| end.old).collect(),
+            host: new.iter().filter_map(socket_inode).collect(),
+            note: std::mem::take(&mut prepared.note),
+            moved: moved.clone(),
+        }),
+        Direction::ToOverlay => {
+            prepared.parked = None;
+            None
+        }
+    };
+    Finished { outcome: Outcome::Moved(moved), parked }
+}
+
+fn move_locally(
+    site: &Site,
+    ends: &[PreparedEnd],
+    tgids: Vec<crate::process::Tgid>,
+    new: &[OwnedFd],
+    budget: Duration,
+    times: &mut Times,
+    moved: &mut Moved,
+) -> Result<(), Refusal> {
+    let ([first, second], [new_first, new_second]) = (ends, new) else { return Err(Refusal::NotEstablished) };
+    let inspector = site.programs.inspector().map_err(report)?;
+    let deadline = Instant::now() + budget;
+    times.began = Some(Instant::now());
+    let frozen = Frozen::freeze(&tgids, deadline);
+    times.thawed = Some(Instant::now());
+    let mut frozen = frozen?;
+    times.frozen = Some(Instant::now());
+    moved.threads = frozen.threads() as u32;
+    let mut exchange = || -> Result<(), Refusal> {
+        let _rooms = [
+            ReceiveRoom::make(first.old.as_fd(), forwarder_api::MAX_UNREAD_BYTES)?,
+            ReceiveRoom::make(second.old.as_fd(), forwarder_api::MAX_UNREAD_BYTES)?,
+        ];
+        let (facts, looks) = loop {
+            let facts = [
+                facts_while_frozen(first, &frozen, &inspector)?,
+                facts_while_frozen(second, &frozen, &inspector)?,
+            ];
+            let looks =
+                [look(first.old.as_fd(), &facts[0], false)?, look(second.old.as_fd(), &facts[1], false)?];
+            match relation(&looks[0], &looks[1]) {
+                Relation::Settled => break (facts, looks),
+                Relation::Strangers => return Err(Refusal::NotTheSameConnection),
+                Relation::InFlight if Instant::now() >= deadline => return Err(Refusal::NotSettled),
+                Relation::InFlight => std::thread::sleep(SETTLE_POLL),
+            }
+        };
+        times.settled = Some(Instant::now());
+        let [facts_first, facts_second] = facts;
+        let unread_of = |look: &Look, end: &PreparedEnd, facts: &SocketFacts| match &look.unread {
+            Some(bytes) => Ok(bytes.clone()),
+            None => Ok(crate::exchange::look(end.old.as_fd(), facts, true)?.unread.unwrap_or_default()),
+        };
+        let (for_first, for_second) =
+            (unread_of(&looks[0], first, &facts_first)?, unread_of(&looks[1], second, &facts_second)?);
+        moved.unread_bytes = (for_first.len() + for_second.len()) as u64;
+        // What one end has not read arrives there when the other end's new socket sends it.
+        let pairs = [
+            Running::substitution(first, new_first, &facts_first, for_second),
+            Running::substitution(second, new_second, &facts_second, for_first),
+        ];
+        Armed::arm(&mut frozen, &pairs, deadline)?.install(&mut frozen, &pairs)?;
+        times.installed = Some(Instant::now());
+        Ok(())
+    };
+    let result = exchange();
+    times.thawed = Some(frozen.thaw());
+    result
+}

@@ -1,0 +1,368 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Carries the options of a socket over to the one that takes its place, and refuses what cannot be carried.
+//!
+//! Only values that differ from those of the new socket are set. Nothing is ever set on the old socket here.
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use forwarder_api::Refusal;
+
+/// An option that is one `int`, by level and name.
+struct IntOption {
+    level: i32,
+    name: i32,
+    /// IPv6 sockets only.
+    v6_only: bool,
+}
+
+const fn int(level: i32, name: i32) -> IntOption {
+    IntOption { level, name, v6_only: false }
+}
+
+const fn int_v6(name: i32) -> IntOption {
+    IntOption { level: libc::IPPROTO_IPV6, name, v6_only: true }
+}
+
+// linux/tcp.h, linux/in.h and asm-generic/socket.h; not in the libc crate.
+const TCP_THIN_LINEAR_TIMEOUTS: i32 = 16;
+const TCP_SAVED_SYN: i32 = 28;
+const TCP_TX_DELAY: i32 = 37;
+const TCP_NOTSENT_LOWAT: i32 = 25;
+const TCP_INQ: i32 = 36;
+const SO_BUF_LOCK: i32 = 72;
+const SO_PEEK_OFF: i32 = 42;
+const SO_PREFER_BUSY_POLL: i32 = 69;
+const SO_BUSY_POLL_BUDGET: i32 = 70;
+const SOCK_SNDBUF_LOCK: i32 = 1;
+const SOCK_RCVBUF_LOCK: i32 = 2;
+
+/// In the order in which they are set.
+const INT_OPTIONS: &[IntOption] = &[
+    int(libc::IPPROTO_TCP, libc::TCP_KEEPIDLE),
+    int(libc::IPPROTO_TCP, libc::TCP_KEEPINTVL),
+    int(libc::IPPROTO_TCP, libc::TCP_KEEPCNT),
+    int(libc::SOL_SOCKET, libc::SO_KEEPALIVE),
+    int(libc::IPPROTO_TCP, libc::TCP_NODELAY),
+    int(libc::IPPROTO_TCP, libc::TCP_CORK),
+    int(libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT),
+    int(libc::IPPROTO_TCP, TCP_NOTSENT_LOWAT),
+    int(libc::IPPROTO_TCP, libc::TCP_LINGER2),
+    int(libc::IPPROTO_TCP, TCP_THIN_LINEAR_TIMEOUTS),
+    int(libc::IPPROTO_TCP, TCP_INQ),
+    int(libc::SOL_SOCKET, libc::SO_RCVLOWAT),
+    int(libc::SOL_SOCKET, libc::SO_OOBINLINE),
+    int(libc::SOL_SOCKET, libc::SO_BUSY_POLL),
+    int(libc::SOL_SOCKET, SO_PREFER_BUSY_POLL),
+    int(libc::SOL_SOCKET, SO_BUSY_POLL_BUDGET),
+    int(libc::SOL_SOCKET, libc::SO_TIMESTAMP),
+    int(libc::SOL_SOCKET, libc::SO_TIMESTAMPNS),
+    int(libc::SOL_SOCKET, libc::SO_TIMESTAMPING),
+    int(libc::SOL_SOCKET, libc::SO_REUSEADDR),
+    int(libc::SOL_SOCKET, libc::SO_ZEROCOPY),
+    int(libc::SOL_SOCKET, libc::SO_INCOMING_CPU),
+    int(libc::IPPROTO_IP, libc::IP_TOS),
+    // After IP_TOS, which sets it too.
+    int(libc::SOL_SOCKET, libc::SO_PRIORITY),
+    int(libc::IPPROTO_IP, libc::IP_TTL),
+    int(libc::IPPROTO_IP, libc::IP_RECVTOS),
+    int(libc::IPPROTO_IP, libc::IP_RECVTTL),
+    int_v6(libc::IPV6_TCLASS),
+    int_v6(libc::IPV6_UNICAST_HOPS),
+    int_v6(libc::IPV6_RECVTCLASS),
+];
+
+/// Options that the new socket cannot have: set at all (not zero), they are refused.
+const REFUSED: &[(i32, i32, Refusal)] = &[
+    (libc::IPPROTO_TCP, TCP_SAVED_SYN, Refusal::UnknownOption),
+    (libc::IPPROTO_TCP, TCP_TX_DELAY, Refusal::UnknownOption),
+    (libc::SOL_SOCKET, libc::SO_MARK, Refusal::UnknownOption),
+];
+
+/// Refuse a socket that has something the new one could not be given. Changes nothing.
+pub fn may_be_carried(socket: BorrowedFd<'_>) -> Result<(), Refusal> {
+    if get_int(socket, libc::SOL_SOCKET, SO_PEEK_OFF).is_some_and(|offset| offset >= 0) {
+        return Err(Refusal::PeekOffset);
+    }
+    for (level, name, reason) in REFUSED {
+        if get_int(socket, *level, *name).is_some_and(|value| value != 0) {
+            return Err(*reason);
+        }
+    }
+    let mut device = [0u8; 16];
+    if get(socket, libc::SOL_SOCKET, libc::SO_BINDTODEVICE, &mut device).is_some_and(|length| length > 0) {
+        return Err(Refusal::UnknownOption);
+    }
+    Ok(())
+}
+
+/// Give `new` the options, flags and owner of `old`.
+pub fn carry_over(old: BorrowedFd<'_>, new: BorrowedFd<'_>, v6: bool) -> Result<(), Refusal> {
+    for option in INT_OPTIONS.iter().filter(|option| v6 || !option.v6_only) {
+        let wanted = get_int(old, option.level, option.name);
+        if wanted.is_some() && wanted != get_int(new, option.level, option.name) {
+            let value = wanted.unwrap_or_default();
+            set(new, option.level, option.name, &value.to_ne_bytes())?;
+        }
+    }
+    // struct linger, struct timeval twice, u64, and a name: copied as bytes.
+    for (level, name, length) in [
+        (libc::SOL_SOCKET, libc::SO_LINGER, 8),
+        (libc::SOL_SOCKET, libc::SO_RCVTIMEO, 16),
+        (libc::SOL_SOCKET, libc::SO_SNDTIMEO, 16),
+        (libc::SOL_SOCKET, libc::SO_MAX_PACING_RATE, 8),
+        (libc::IPPROTO_TCP, libc::TCP_CONGESTION, 16),
+    ] {
+        let (mut wanted, mut present) = (vec![0; length], vec![0; length]);
+        let (Some(length), Some(_)) =
+            (get(old, level, name, &mut wanted), get(new, level, name, &mut present))
+        else {
+            continue;
+        };
+        if wanted != present {
+            set(new, level, name, &wanted[..length])?;
+        }
+    }
+    carry_buffer_sizes(old, new)?;
+    carry_file_flags(old, new)
+}
+
+/// Buffer sizes only where the application fixed them: otherwise the kernel goes on tuning.
+fn carry_buffer_sizes(old: BorrowedFd<'_>, new: BorrowedFd<'_>) -> Result<(), Refusal> {
+    let locked = get_int(old, libc::SOL_SOCKET, SO_BUF_LOCK).unwrap_or(0);
+    for (lock, name, force) in [
+        (SOCK_SNDBUF_LOCK, libc::SO_SNDBUF, libc::SO_SNDBUFFORCE),
+        (SOCK_RCVBUF_LOCK, libc::SO_RCVBUF, libc::SO_RCVBUFFORCE),
+    ] {
+        if locked & lock != 0
+            && let Some(size) = get_int(old, libc::SOL_SOCKET, name)
+        {
+            // The kernel doubles what it is given (socket(7)).
+            set(new, libc::SOL_SOCKET, force, &(size / 2).to_ne_bytes())?;
+        }
+    }
+    Ok(())
+}
+
+/// O_NONBLOCK and O_ASYNC, and who gets the signals of the latter.
+fn carry_file_flags(old: BorrowedFd<'_>, new: BorrowedFd<'_>) -> Result<(), Refusal> {
+    #[repr(C)]
+    struct OwnerEx {
+        kind: i32,
+        pid: i32,
+    }
+    const F_SETOWN_EX: i32 = 15;
+    const F_GETOWN_EX: i32 = 16;
+    const F_SETSIG: i32 = 10;
+    const F_GETSIG: i32 = 11;
+    let (old, new) = (old.as_raw_fd(), new.as_raw_fd());
+    let mut owner = OwnerEx { kind: 0, pid: 0 };
+    // SAFETY: F_GETOWN_EX writes, and F_SETOWN_EX reads, a struct f_owner_ex, whose layout OwnerEx has. The others
+    // take and give integers.
+    let ok = unsafe {
+        let flags = libc::fcntl(old, libc::F_GETFL);
+        let signal = libc::fcntl(old, F_GETSIG);
+        let mut ok = flags >= 0 && signal >= 0 && libc::fcntl(old, F_GETOWN_EX, &raw mut owner) >= 0;
+        if owner.pid != 0 {
+            ok &= libc::fcntl(new, F_SETOWN_EX, &raw const owner) >= 0;
+        }
+        if signal != 0 {
+            ok &= libc::fcntl(new, F_SETSIG, signal) >= 0;
+        }
+        ok && libc::fcntl(new, libc::F_SETFL, flags & (libc::O_NONBLOCK | libc::O_ASYNC)) >= 0
+    };
+    if ok { Ok(()) } else { Err(Refusal::UnknownOption) }
+}
+
+/// Room in the send buffer for `bytes` that are written before anybody reads; undone by [`SendRoom::give_back`].
+pub struct SendRoom {
+    locked: i32,
+    size: i32,
+}
+
+impl SendRoom {
+    pub fn make(socket: BorrowedFd<'_>, bytes: usize) -> Result<Option<SendRoom>, Refusal> {
+        let size = get_int(socket, libc::SOL_SOCKET, libc::SO_SNDBUF).unwrap_or(0);
+        // An skb costs more than the bytes in it.
+        let wanted = i32::try_from(bytes * 2).map_err(|_| Refusal::TooManyUnreadBytes)?;
+        if wanted <= size {
+            return Ok(None);
+        }
+        let locked = get_int(socket, libc::SOL_SOCKET, SO_BUF_LOCK).unwrap_or(0);
+        set(socket, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, &wanted.to_ne_bytes())?;
+        Ok(Some(SendRoom { locked, size }))
+    }
+
+    /// The buffer as before: of its size if the application fixed it, or tuned by the kernel.
+    pub fn give_back(self, socket: BorrowedFd<'_>) {
+        if self.locked & SOCK_SNDBUF_LOCK != 0 {
+            let _ = set(socket, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, &(self.size / 2).to_ne_bytes());
+        }
+        let _ = set(socket, libc::SOL_SOCKET, SO_BUF_LOCK, &self.locked.to_ne_bytes());
+    }
+}
+
+/// A connection that is made to carry little at a time while its last bytes settle; undone when dropped.
+///
+/// The send buffer is kept small, so that the application itself waits instead of filling it, and the window that
+/// is offered to the peer too, so that little is unread. Neither touches bytes that are already there.
+pub struct Shallow<'a> {
+    socket: BorrowedFd<'a>,
+    locked: i32,
+    send_size: i32,
+    window: i32,
+}
+
+/// Bytes that may be queued, or offered as window, on a shallow connection.
+const SHALLOW_BYTES: i32 = 128 << 10;
+
+impl<'a> Shallow<'a> {
+    pub fn make(socket: BorrowedFd<'a>) -> Result<Shallow<'a>, Refusal> {
+        let shallow = Shallow {
+            socket,
+            locked: get_int(socket, libc::SOL_SOCKET, SO_BUF_LOCK).unwrap_or(0),
+            send_size: get_int(socket, libc::SOL_SOCKET, libc::SO_SNDBUF).unwrap_or(0),
+            window: get_int(socket, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP).unwrap_or(0),
+        };
+        if shallow.send_size / 2 > SHALLOW_BYTES {
+            set(socket, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, &SHALLOW_BYTES.to_ne_bytes())?;
+        }
+        if shallow.window > SHALLOW_BYTES {
+            set(socket, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, &SHALLOW_BYTES.to_ne_bytes())?;
+        }
+        Ok(shallow)
+    }
+}
+
+impl Drop for Shallow<'_> {
+    fn drop(&mut self) {
+        if self.send_size / 2 > SHALLOW_BYTES {
+            let _ =
+                set(self.socket, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, &(self.send_size / 2).to_ne_bytes());
+        }
+        if self.window > SHALLOW_BYTES {
+            let _ = set(self.socket, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, &self.window.to_ne_bytes());
+        }
+        let _ = set(self.socket, libc::SOL_SOCKET, SO_BUF_LOCK, &self.locked.to_ne_bytes());
+    }
+}
+
+/// Room to receive what the peer has sent already, while nobody reads; undone when dropped.
+pub struct ReceiveRoom<'a> {
+    socket: BorrowedFd<'a>,
+    locked: i32,
+    size: i32,
+}
+
+impl<'a> ReceiveRoom<'a> {
+    pub fn make(socket: BorrowedFd<'a>, bytes: usize) -> Result<ReceiveRoom<'a>, Refusal> {
+        let room = ReceiveRoom {
+            socket,
+            locked: get_int(socket, libc::SOL_SOCKET, SO_BUF_LOCK).unwrap_or(0),
+            size: get_int(socket, libc::SOL_SOCKET, libc::SO_RCVBUF).unwrap_or(0),
+        };
+        let wanted = i32::try_from(bytes).map_err(|_| Refusal::TooManyUnreadBytes)?;
+        if room.size / 2 < wanted {
+            set(socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, &wanted.to_ne_bytes())?;
+        }
+        Ok(room)
+    }
+}
+
+impl Drop for ReceiveRoom<'_> {
+    fn drop(&mut self) {
+        let _ = set(self.socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, &(self.size / 2).to_ne_bytes());
+        let _ = set(self.socket, libc::SOL_SOCKET, SO_BUF_LOCK, &self.locked.to_ne_bytes());
+    }
+}
+
+fn get_int(socket: BorrowedFd<'_>, level: i32, name: i32) -> Option<i32> {
+    let mut bytes = [0; 4];
+    (get(socket, level, name, &mut bytes)? == 4).then(|| i32::from_ne_bytes(bytes))
+}
+
+/// The length of the value; `None` if this kernel or socket does not have the option.
+fn get(socket: BorrowedFd<'_>, level: i32, name: i32, value: &mut [u8]) -> Option<usize> {
+    let mut length = value.len() as libc::socklen_t;
+    // SAFETY: getsockopt(2) writes at most `length` bytes to `value`, and how many to `length`.
+    let ret =
+        unsafe { libc::getsockopt(socket.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &mut length) };
+    (ret == 0).then_some(length as usize)
+}
+
+fn set(socket: BorrowedFd<'_>, level: i32, name: i32, value: &[u8]) -> Result<(), Refusal> {
+    let length = value.len() as libc::socklen_t;
+    // SAFETY: setsockopt(2) reads `length` bytes from `value`.
+    let ret = unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, value.as_ptr().cast(), length) };
+    if ret == 0 { Ok(()) } else { Err(Refusal::UnknownOption) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        net::{TcpListener, TcpStream},
+        os::fd::AsFd,
+    };
+
+    use super::*;
+
+    fn socket() -> (TcpStream, TcpListener) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        (TcpStream::connect(listener.local_addr().unwrap()).unwrap(), listener)
+    }
+
+    #[test]
+    fn options_that_were_set_are_set_on_the_new_socket_too() {
+        let ((old, _a), (new, _b)) = (socket(), socket());
+        for (level, name, value) in [
+            (libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1),
+            (libc::IPPROTO_TCP, libc::TCP_NODELAY, 1),
+            (libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, 33),
+            (libc::IPPROTO_IP, libc::IP_TOS, 16),
+            (libc::SOL_SOCKET, libc::SO_PRIORITY, 3),
+        ] {
+            set(old.as_fd(), level, name, &i32::to_ne_bytes(value)).unwrap();
+        }
+        set(old.as_fd(), libc::IPPROTO_TCP, libc::TCP_CONGESTION, b"reno").unwrap();
+        old.set_read_timeout(Some(std::time::Duration::from_millis(1500))).unwrap();
+        old.set_nonblocking(true).unwrap();
+        carry_over(old.as_fd(), new.as_fd(), false).unwrap();
+        for option in INT_OPTIONS.iter().filter(|option| !option.v6_only) {
+            let value = |end: &TcpStream| get_int(end.as_fd(), option.level, option.name);
+            assert_eq!(value(&old), value(&new), "option {}/{}", option.level, option.name);
+        }
+        let mut name = [0; 16];
+        get(new.as_fd(), libc::IPPROTO_TCP, libc::TCP_CONGESTION, &mut name).unwrap();
+        assert!(name.starts_with(b"reno\0"));
+        assert_eq!(new.read_timeout().unwrap(), Some(std::time::Duration::from_millis(1500)));
+        // SAFETY: F_GETFL takes nothing and gives flags.
+        assert!(unsafe { libc::fcntl(new.as_raw_fd(), libc::F_GETFL) } & libc::O_NONBLOCK != 0);
+    }
+
+    #[test]
+    fn buffer_sizes_are_carried_only_where_the_application_fixed_them() {
+        let ((old, _a), (new, _b)) = (socket(), socket());
+        set(old.as_fd(), libc::SOL_SOCKET, libc::SO_RCVBUF, &65536i32.to_ne_bytes()).unwrap();
+        carry_over(old.as_fd(), new.as_fd(), false).unwrap();
+        assert_eq!(get_int(new.as_fd(), libc::SOL_SOCKET, libc::SO_RCVBUF), Some(131072));
+        assert_eq!(get_int(new.as_fd(), libc::SOL_SOCKET, SO_BUF_LOCK), Some(SOCK_RCVBUF_LOCK));
+    }
+
+    #[test]
+    fn a_shallow_connection_is_as_it_was_afterwards() {
+        let (end, _listener) = socket();
+        let before = |name| get_int(end.as_fd(), libc::SOL_SOCKET, name);
+        let (size, locked) = (before(libc::SO_SNDBUF), before(SO_BUF_LOCK));
+        let window = get_int(end.as_fd(), libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP);
+        drop(Shallow::make(end.as_fd()).unwrap());
+        assert_eq!((before(libc::SO_SNDBUF), before(SO_BUF_LOCK)), (size, locked));
+        assert_eq!(get_int(end.as_fd(), libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP), window);
+    }
+
+    #[test]
+    fn a_peek_offset_is_refused() {
+        let (end, _listener) = socket();
+        if set(end.as_fd(), libc::SOL_SOCKET, SO_PEEK_OFF, &0i32.to_ne_bytes()).is_ok() {
+            assert_eq!(may_be_carried(end.as_fd()), Err(Refusal::PeekOffset));
+        }
+    }
+}

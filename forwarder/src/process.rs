@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Ids and plain facts of other processes, from /proc.
+
+use std::{
+    fs::File,
+    io,
+    os::{
+        fd::{AsRawFd, FromRawFd, OwnedFd},
+        unix::fs::FileExt,
+    },
+};
+
+/// A thread group: what `ps` calls a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Tgid(pub i32);
+
+/// A thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Tid(pub i32);
+
+/// An address in another process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RemoteAddr(pub u64);
+
+/// A descriptor number of another process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RemoteFd(pub i32);
+
+/// A handle on a process that cannot come to mean another one.
+pub fn pidfd(tgid: Tgid) -> io::Result<OwnedFd> {
+    // SAFETY: pidfd_open(2) takes two integers.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, tgid.0, 0) };
+    owned(fd)
+}
+
+/// A copy of another process's descriptor, by pidfd_getfd(2).
+pub fn copy_fd(pidfd: &OwnedFd, fd: RemoteFd) -> io::Result<OwnedFd> {
+    // SAFETY: pidfd_getfd(2) takes three integers.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd.0, 0) };
+    owned(fd)
+}
+
+fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us; nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// The threads of a process at this moment, zombies left out.
+pub fn threads(tgid: Tgid) -> io::Result<Vec<Tid>> {
+    let mut tids = Vec::new();
+    for entry in std::fs::read_dir(format!("/proc/{}/task", tgid.0))? {
+        let Some(tid) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        tids.push(Tid(tid));
+    }
+    Ok(tids)
+}
+
+/// The state letter of a thread in /proc/PID/task/TID/stat, `None` if it is gone.
+pub fn state(tgid: Tgid, tid: Tid) -> Option<char> {
+    let stat = std::fs::read_to_string(format!("/proc/{}/task/{}/stat", tgid.0, tid.0)).ok()?;
+    // The name in parentheses may hold anything: the state follows the last one.
+    stat.rsplit_once(')')?.1.trim_start().chars().next()
+}
+
+/// Status flags and close-on-exec of a descriptor, as open(2) knows them: the `flags:` line of its fdinfo.
+pub fn open_flags(tid: Tid, fd: RemoteFd) -> io::Result<i32> {
+    let info = std::fs::read_to_string(format!("/proc/{}/fdinfo/{}", tid.0, fd.0))?;
+    info.lines()
+        .find_map(|line| line.strip_prefix("flags:"))
+        .and_then(|octal| i32::from_str_radix(octal.trim(), 8).ok())
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no flags line in fdinfo"))
+}
+
+/// The inode number of the socket behind a descriptor, `None` if it is no socket or not open.
+pub fn socket_inode(tid: Tid, fd: RemoteFd) -> Option<u64> {
+    let link = std::fs::read_link(format!("/proc/{}/fd/{}", tid.0, fd.0)).ok()?;
+    link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
+}
+
+/// The inode number of the network namespace that a process is in.
+pub fn network_namespace(tgid: Tgid) -> io::Result<u32> {
+    use std::os::unix::fs::MetadataExt;
+    Ok(std::fs::metadata(format!("/proc/{}/ns/net", tgid.0))?.ino() as u32)
+}
+
+/// Where the vDSO of a process is: AT_SYSINFO_EHDR in its auxiliary vector.
+pub fn vdso(tgid: Tgid) -> io::Result<Option<RemoteAddr>> {
+    const AT_NULL: u64 = 0;
+    let auxv = std::fs::read(format!("/proc/{}/auxv", tgid.0))?;
+    let word = |bytes: &[u8]| bytes.try_into().map(u64::from_ne_bytes).unwrap_or(AT_NULL);
+    let mut entries = auxv.chunks_exact(16).map(|entry| (word(&entry[..8]), word(&entry[8..])));
+    Ok(entries
+        .by_ref()
+        .take_while(|(kind, _)| *kind != AT_NULL)
+        .find(|(kind, _)| *kind == libc::AT_SYSINFO_EHDR)
+        .map(|(_, value)| RemoteAddr(value)))
+}
+
+/// The memory of another process, also where that process may not write.
+pub struct Memory(File);
+
+impl Memory {
+    pub fn open(tgid: Tgid) -> io::Result<Memory> {
+        File::options().read(true).write(true).open(format!("/proc/{}/mem", tgid.0)).map(Memory)
+    }
+
+    pub fn read(&self, at: RemoteAddr, bytes: &mut [u8]) -> io::Result<()> {
+        self.0.read_exact_at(bytes, at.0)
+    }
+
+    pub fn write(&self, at: RemoteAddr, bytes: &[u8]) -> io::Result<()> {
+        self.0.write_all_at(bytes, at.0)
+    }
+}

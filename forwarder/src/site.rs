@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What all transactions of this forwarder share: the loaded programs, who is reserved for whom, and what is parked.
+
+use std::{
+    collections::{HashMap, HashSet},
+    os::fd::{AsFd, OwnedFd},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use forwarder_api::{ConnId, Direction, Moved, ParkedConn, PrepareTarget, Refusal, SocketInode};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+
+use crate::{
+    holders::Holders,
+    inspect::{Descriptor, InspectError, Kind, Programs, SocketFacts, TCP_ESTABLISHED},
+    options,
+    process::{self, RemoteFd, Tgid},
+};
+
+pub struct Site {
+    pub programs: Arc<Programs>,
+    pub own: Tgid,
+    reserved: Mutex<HashMap<Tgid, ConnId>>,
+    parked: Mutex<HashMap<ConnId, Parked>>,
+    /// Watches the parked sockets for their end.
+    ends: Epoll,
+}
+
+/// A swapped connection of this host.
+pub struct Parked {
+    /// Overlay sockets: one, or two for a connection within this host.
+    pub overlay: Vec<OwnedFd>,
+    /// The host sockets that the applications have now.
+    pub host: Vec<SocketInode>,
+    pub note: Vec<u8>,
+    pub moved: Moved,
+}
+
+/// A connection that may be moved, as far as can be seen without stopping anything. Its holders are reserved until
+/// this is dropped.
+pub struct Prepared {
+    pub conn: ConnId,
+    pub direction: Direction,
+    pub ends: Vec<PreparedEnd>,
+    pub note: Vec<u8>,
+    /// Way back only: what was parked. Put back by [`Site::park`] if the transaction is given up.
+    pub parked: Option<Parked>,
+    site: Arc<Site>,
+}
+
+/// One socket that may be moved.
+pub struct PreparedEnd {
+    /// Our copy of the socket that the applications have.
+    pub old: OwnedFd,
+    pub holders: Holders,
+    pub v6: bool,
+}
+
+impl Drop for Prepared {
+    fn drop(&mut self) {
+        let conn = self.conn;
+        locked(&self.site.reserved).retain(|_, by| *by != conn);
+        if let Some(parked) = self.parked.take() {
+            self.site.park(conn, parked);
+        }
+    }
+}
+
+/// All processes that hold a socket of these ends.
+pub fn tgids_of(ends: &[PreparedEnd]) -> Vec<Tgid> {
+    let mut tgids: Vec<Tgid> = ends.iter().flat_map(|end| end.holders.tgids.iter().copied()).collect();
+    tgids.sort_unstable();
+    tgids.dedup();
+    tgids
+}
+
+impl Site {
+    pub fn new(programs: Arc<Programs>) -> nix::Result<Arc<Site>> {
+        Ok(Arc::new(Site {
+            programs,
+            own: Tgid(std::process::id() as i32),
+            reserved: Mutex::default(),
+            parked: Mutex::default(),
+            ends: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
+        }))
+    }
+
+    /// Find who holds the sockets of `target`, check that they may be moved, and reserve the holders.
+    pub fn prepare(
+        self: &Arc<Self>,
+        conn: ConnId,
+        direction: Direction,
+        target: PrepareTarget,
+    ) -> Result<Prepared, Refusal> {
+        let listed = self.programs.descriptors().map_err(report)?;
+        let mut prepared = Prepared {
+            conn,
+            direction,
+            ends: Vec::new(),
+            note: Vec::new(),
+            parked: None,
+            site: Arc::clone(self),
+        };
+        let sockets = match (target, direction) {
+            (PrepareTarget::Remote { socket, note }, Direction::ToHost) => {
+                prepared.note = note;
+                vec![socket]
+            }
+            (PrepareTarget::Local { first, second, note }, Direction::ToHost) => {
+                prepared.note = note;
+                vec![first, second]
+            }
+            (PrepareTarget::Parked, Direction::ToOverlay) => {
+                let parked = self.unpark(conn).ok_or(Refusal::NotParked)?;
+                let host = parked.host.clone();
+                prepared.note = parked.note.clone();
+                prepared.parked = Some(parked);
+                host
+            }
+            (PrepareTarget::Parked, Direction::ToHost)
+            | (PrepareTarget::Remote { .. } | PrepareTarget::Local { .. }, Direction::ToOverlay) => {
+                return Err(Refusal::NotParked);
+            }
+        };
+        for socket in sockets {
+            prepared.ends.push(self.prepare_end(socket, &listed, direction)?);
+        }
+        self.reserve(&prepared)?;
+        Ok(prepared)
+    }
+
+    fn prepare_end(
+        &self,
+        socket: SocketInode,
+        listed: &[Descriptor],
+        direction: Direction,
+    ) -> Result<PreparedEnd, Refusal> {
+        let held = listed
+            .iter()
+            .find(|d| d.kind == Kind::Tcp && d.inode == socket.0 && d.tgid != self.own.0)
+            .ok_or(Refusal::NotEstablished)?;
+        let pidfd = process::pidfd(Tgid(held.tgid)).map_err(|_| Refusal::HolderVanished)?;
+        let old = process::copy_fd(&pidfd, RemoteFd(held.fd)).map_err(|_| Refusal::HolderVanished)?;
+        let inspector = self.programs.inspector().map_err(report)?;
+        let facts = inspector.socket(old.as_fd()).map_err(report)?.ok_or(Refusal::HolderVanished)?;
+        if facts.inode != socket.0 {
+            return Err(Refusal::HolderVanished);
+        }
+        may_be_moved(&facts)?;
+        if direction == Direction::ToHost {
+            let own_network =
+                process::network_namespace(Tgid(held.tgid)).map_err(|_| Refusal::HolderVanished)?;
+            let host_network = process::network_namespace(self.own).map_err(|_| Refusal::HolderVanished)?;
+            if facts.netns != own_network || facts.netns == host_network {
+                return Err(Refusal::ForeignNamespace);
+            }
+            options::may_be_carried(old.as_fd())?;
+        }
+        let holders = Holders::of(facts.file, listed, self.own);
+        if !holders.account_for(&facts, 1) {
+            return Err(Refusal::UnseenReference);
+        }
+        Ok(PreparedEnd { old, holders, v6: facts.v6 })
+    }
+
+    fn reserve(&self, prepared: &Prepared) -> Result<(), Refusal> {
+        let mut reserved = locked(&self.reserved);
+        let tgids = tgids_of(&prepared.ends);
+        if tgids.iter().any(|tgid| reserved.contains_key(tgid)) {
+            return Err(Refusal::HolderBusy);
+        }
+        reserved.extend(tgids.into_iter().map(|tgid| (tgid, prepared.conn)));
+        Ok(())
+    }
+
+    pub fn park(&self, conn: ConnId, parked: Parked) {
+        let mut all = locked(&self.parked);
+        for socket in &parked.overlay {
+            let event = EpollEvent::new(EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLONESHOT, conn.0);
+            if let Err(error) = self.ends.add(socket, event) {
+                log::warn!("{conn}: the end of its overlay connection will not be noticed: {error}");
+            }
+        }
+        all.insert(conn, parked);
+    }
+
+    /// The registration goes with it: it would stay with the socket wherever that goes.
+    fn unpark(&self, conn: ConnId) -> Option<Parked> {
+        let parked = locked(&self.parked).remove(&conn)?;
+        for socket in &parked.overlay {
+            let _ = self.ends.delete(socket);
+        }
+        Some(parked)
+    }
+
+    /// Close the overlay sockets of a connection that is over.
+    pub fn release(&self, conn: ConnId) -> bool {
+        self.unpark(conn).is_some()
+    }
+
+    /// Wait until parked overlay connections have ended, and release them.
+    pub fn next_ended(&self) -> nix::Result<Vec<ConnId>> {
+        let mut events = [EpollEvent::empty(); 64];
+        let count = self.ends.wait(&mut events, EpollTimeout::NONE)?;
+        let ended: HashSet<ConnId> = events[..count].iter().map(|event| ConnId(event.data())).collect();
+        Ok(ended.into_iter().filter(|conn| self.release(*conn)).collect())
+    }
+
+    pub fn list_parked(&self) -> Vec<ParkedConn> {
+        let parked = locked(&self.parked);
+        parked
+            .iter()
+            .map(|(conn, parked)| ParkedConn {
+                conn: *conn,
+                host_sockets: parked.host.clone(),
+                note: parked.note.clone(),
+                moved: parked.moved.clone(),
+            })
+            .collect()
+    }
+}
+
+/// Refuse a socket in a state that cannot be moved.
+pub fn may_be_moved(facts: &SocketFacts) -> Result<(), Refusal> {
+    let refused = [
+        (facts.shutdown != 0, Refusal::HalfClosed),
+        (facts.state != TCP_ESTABLISHED, Refusal::NotEstablished),
+        (facts.urgent, Refusal::UrgentData),
+        (facts.mptcp, Refusal::Mptcp),
+        (facts.ulp, Refusal::KernelTls),
+        (facts.filter, Refusal::SocketFilter),
+        (facts.signature, Refusal::TcpSignature),
+        (facts.repair, Refusal::UnknownOption),
+    ];
+    refused.into_iter().find(|(is, _)| *is).map_or(Ok(()), |(_, reason)| Err(reason))
+}
+
+/// An error of ours while looking: logged, and a refusal for the connection.
+pub fn report(error: InspectError) -> Refusal {
+    log::error!("{error}");
+    Refusal::InjectionFailed
+}
+
+/// A lock whose holder panicked still guards plain data: go on with it.
+pub fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
