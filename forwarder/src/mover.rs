@@ -26,7 +26,7 @@ use nix::{
 use crate::{
     exchange::{Armed, Substitution, facts_while_frozen, look},
     freeze::Frozen,
-    inspect::{Inspector, SocketFacts},
+    inspect::{Inspector, SocketFacts, TCP_ESTABLISHED},
     options::{ReceiveRoom, Shallow},
     site::{Parked, Prepared, PreparedEnd, Site, locked, report, tgids_of},
     transaction::{Action, End, Event, Look, Mark, Message, Relation, relation},
@@ -39,9 +39,14 @@ const CALM_TIME: Duration = Duration::from_millis(20);
 const CALM_POLL: Duration = Duration::from_micros(500);
 /// Between two looks at what is in flight, while frozen.
 const SETTLE_POLL: Duration = Duration::from_micros(30);
-/// How long a follower waits for its decider, and a promised or installed end for its peer's mark.
+/// How long a follower waits for its decider to freeze, and, promised, for its mark; and an installed decider for its
+/// follower: the shorter, so that a live decider never waits for a follower that has given up.
 const WAIT_FOR_FREEZE: Duration = Duration::from_secs(5);
-const SILENCE: Duration = Duration::from_secs(3);
+const FOLLOWER_SILENCE: Duration = Duration::from_secs(3);
+const DECIDER_SILENCE: Duration = Duration::from_secs(1);
+
+/// Of include/net/sock.h.
+const RCV_SHUTDOWN: u32 = 1;
 
 /// What others tell a running transaction.
 pub struct Mailbox {
@@ -175,8 +180,8 @@ impl Remote {
             look_at: None,
             with_unread: false,
             calm_by: None,
-            awaiting_mark: false,
-            silent_since: Some(Instant::now() + WAIT_FOR_FREEZE - SILENCE),
+            awaiting: Awaiting::Nothing,
+            silence_ends: Some(Instant::now() + WAIT_FOR_FREEZE),
             ended: None,
         };
         let mut machine = End::new(running.mover.role, direction);
@@ -235,6 +240,16 @@ fn socket_inode(socket: &OwnedFd) -> Option<SocketInode> {
     nix::sys::stat::fstat(socket).ok().map(|stat| SocketInode(stat.st_ino))
 }
 
+/// What is looked for on the new connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Awaiting {
+    Nothing,
+    /// A mark, to be taken out, or the end.
+    Mark,
+    /// Only the end.
+    Peer,
+}
+
 /// The state of a [`Remote`] while it runs. Field order is drop order: thaw first.
 struct Running<'a> {
     frozen: Option<Frozen>,
@@ -251,8 +266,8 @@ struct Running<'a> {
     look_at: Option<Instant>,
     with_unread: bool,
     calm_by: Option<Instant>,
-    awaiting_mark: bool,
-    silent_since: Option<Instant>,
+    awaiting: Awaiting,
+    silence_ends: Option<Instant>,
     ended: Option<Result<(), Refusal>>,
 }
 
@@ -288,7 +303,7 @@ impl Running<'_> {
                 None
             }
             Action::Arm { mark, carry } => {
-                Some(self.arm(mark, &carry).map_or_else(Event::ArmFailed, |()| Event::Armed))
+                Some(self.arm(mark, carry).map_or_else(Event::ArmFailed, |()| Event::Armed))
             }
             Action::OpenGate => Some(self.install().map_or_else(Event::InstallFailed, |()| Event::Installed)),
             Action::CloseGate => {
@@ -298,8 +313,13 @@ impl Running<'_> {
                 None
             }
             Action::AwaitMark => {
-                self.awaiting_mark = true;
-                self.silent_since = Some(Instant::now());
+                self.awaiting = Awaiting::Mark;
+                self.silence_ends = Some(Instant::now() + FOLLOWER_SILENCE);
+                None
+            }
+            Action::AwaitPeer => {
+                self.awaiting = Awaiting::Peer;
+                self.silence_ends = Some(Instant::now() + DECIDER_SILENCE);
                 None
             }
             Action::SendAbortMark => {
@@ -359,7 +379,7 @@ impl Running<'_> {
     }
 
     fn freeze(&mut self) -> Result<Look, Refusal> {
-        self.silent_since = None;
+        self.silence_ends = None;
         let tgids = &self.end.holders.tgids;
         self.times.began = Some(Instant::now());
         let frozen = Frozen::freeze(tgids, Instant::now() + self.mover.budget);
@@ -416,13 +436,16 @@ impl Running<'_> {
         }
     }
 
-    fn arm(&mut self, mark: Mark, unread_of_peer: &[u8]) -> Result<(), Refusal> {
+    fn arm(&mut self, mark: Option<Mark>, unread_of_peer: Vec<u8>) -> Result<(), Refusal> {
         self.times.settled = Some(Instant::now());
         let (Some(frozen), Some(new), Some(facts)) = (&mut self.frozen, &self.mover.new, &self.facts) else {
             return Err(Refusal::HostPathFailed);
         };
         self.unread_bytes = u64::from(facts.rcv_nxt.wrapping_sub(facts.copied_seq));
-        let carry = [&[mark.byte()], unread_of_peer].concat();
+        let carry = match mark {
+            Some(mark) => [&[mark.byte()], &unread_of_peer[..]].concat(),
+            None => unread_of_peer,
+        };
         let pair = Self::substitution(self.end, new, facts, carry);
         let deadline = Instant::now() + self.mover.budget;
         self.armed = Some(Armed::arm(frozen, &[pair], deadline)?);
@@ -430,11 +453,16 @@ impl Running<'_> {
     }
 
     fn install(&mut self) -> Result<(), Refusal> {
+        let new_has_ended = self.new_has_ended();
         let (Some(frozen), Some(new), Some(facts), Some(armed)) =
             (&mut self.frozen, &self.mover.new, &self.facts, self.armed.take())
         else {
             return Err(Refusal::HostPathFailed);
         };
+        if new_has_ended {
+            armed.turn_back(frozen);
+            return Err(Refusal::HostPathFailed);
+        }
         let pair = Self::substitution(self.end, new, facts, Vec::new());
         let result = armed.install(frozen, &[pair]);
         self.times.installed = Some(Instant::now());
@@ -472,30 +500,29 @@ impl Running<'_> {
             self.look_at = None;
             return events.push_back(self.look());
         }
-        let budget_ends =
-            self.times.began.filter(|_| !self.awaiting_mark).map(|began| began + self.mover.budget);
+        let budget_ends = match (self.times.began, self.awaiting) {
+            (Some(began), Awaiting::Nothing) => Some(began + self.mover.budget),
+            (Some(_), Awaiting::Mark | Awaiting::Peer) | (None, _) => None,
+        };
         if budget_ends.is_some_and(|at| now >= at) {
             return events.push_back(Event::BudgetOver);
         }
-        let silence_ends = self.silent_since.map(|since| since + SILENCE);
-        if silence_ends.is_some_and(|at| now >= at) {
+        if self.silence_ends.is_some_and(|at| now >= at) {
+            self.silence_ends = None;
             return events.push_back(Event::SilenceOver);
         }
-        if self.awaiting_mark
-            && let Some(event) = self.read_mark()
-        {
-            self.awaiting_mark = false;
-            // Only an abort mark that was announced is followed by nothing: a second read would be the application's.
+        if let Some(event) = self.look_at_new() {
+            self.awaiting = Awaiting::Nothing;
             return events.push_back(event);
         }
         let soon = self.calm_by.map(|_| now + CALM_POLL);
-        let until = [soon, self.look_at, budget_ends, silence_ends].into_iter().flatten().min();
+        let until = [soon, self.look_at, budget_ends, self.silence_ends].into_iter().flatten().min();
         self.sleep(until.map_or(Duration::from_secs(1), |until| until - now));
         events.extend(self.mover.mailbox.take_all());
     }
 
     fn sleep(&self, time: Duration) {
-        if time < Duration::from_millis(1) && !self.awaiting_mark {
+        if time < Duration::from_millis(1) && self.awaiting == Awaiting::Nothing {
             // Shorter than poll(2) can tell: only the mailbox may have news, and it is looked at right after.
             if locked(&self.mover.mailbox.letters).is_empty() {
                 std::thread::sleep(time.min(SETTLE_POLL));
@@ -503,15 +530,50 @@ impl Running<'_> {
             return;
         }
         let mut fds = vec![PollFd::new(self.mover.mailbox.bell.as_fd(), PollFlags::POLLIN)];
-        if self.awaiting_mark
-            && let Some(new) = &self.mover.new
-        {
-            fds.push(PollFd::new(new.as_fd(), PollFlags::POLLIN));
+        if let Some(new) = &self.mover.new {
+            match self.awaiting {
+                Awaiting::Nothing => {}
+                Awaiting::Mark => fds.push(PollFd::new(new.as_fd(), PollFlags::POLLIN)),
+                Awaiting::Peer => fds.push(PollFd::new(new.as_fd(), PollFlags::from_bits_retain(libc::POLLRDHUP))),
+            }
         }
         // The application's SO_RCVLOWAT may hide a single byte from poll: never sleep long on it.
-        let longest = if self.awaiting_mark { 2 } else { 1000 };
+        let longest = if self.awaiting == Awaiting::Mark { 2 } else { 1000 };
         let timeout = PollTimeout::from(time.as_millis().clamp(1, longest) as u16);
         let _ = poll(&mut fds, timeout);
+    }
+
+    fn look_at_new(&self) -> Option<Event> {
+        match self.awaiting {
+            Awaiting::Nothing => None,
+            Awaiting::Mark => self.read_mark(),
+            Awaiting::Peer => self.new_has_ended().then(|| {
+                // Its application may have moved, sent something and closed, faster than its forwarder's word came.
+                if self.peer_has_sent() { Event::Peer(Message::Installed) } else { Event::NewEnded }
+            }),
+        }
+    }
+
+    /// Are there bytes on the new connection? Only a peer that has moved sends any.
+    fn peer_has_sent(&self) -> bool {
+        let Some(new) = &self.mover.new else { return false };
+        match self.inspector.socket(new.as_fd()) {
+            Ok(Some(facts)) => {
+                // An end of file takes a sequence number too.
+                let fin = facts.shutdown & RCV_SHUTDOWN;
+                facts.rcv_nxt.wrapping_sub(facts.copied_seq) > fin
+            }
+            Ok(None) | Err(_) => false,
+        }
+    }
+
+    /// The peer's forwarder, or its application, has closed the new connection.
+    fn new_has_ended(&self) -> bool {
+        let Some(new) = &self.mover.new else { return true };
+        match self.inspector.socket(new.as_fd()) {
+            Ok(Some(facts)) => facts.state != TCP_ESTABLISHED || facts.shutdown != 0,
+            Ok(None) | Err(_) => true,
+        }
     }
 
     fn read_mark(&self) -> Option<Event> {

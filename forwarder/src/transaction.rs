@@ -14,10 +14,10 @@
 //!                │ settled, bytes to carry known        │ the same: arm
 //!                ▼                                      ▼
 //!             Armed ◄────────────────── Armed ────── Promised        from here on only the decider aborts
-//!                │ peer Armed: open gate                │
-//!                ▼            new connection            │
-//!            Installed ──── mark "commit" + bytes ────► │ open gate
-//!                │ ◄─────── mark "done" + bytes ────────┤
+//!                │ open gate                            │
+//!                ▼      on the new connection:          │
+//!            Installed ── commit mark + bytes ────────► │ open gate: bytes go out
+//!                │ ◄─────────────────── Installed ──────┤
 //!                ▼                                      ▼
 //!              Ended: moved                          Ended: moved
 //! ```
@@ -25,12 +25,14 @@
 //! * before `Promised`/the gate: either end thaws and tells the other;
 //! * a promised follower goes back when the decider says so (`Abort`, or the abort mark), or when the new connection
 //!   ends, which a dead decider that has not installed makes it do;
-//! * an installed decider goes back when the new connection ends without the mark "done": the follower's forwarder
-//!   died before it let its gate go;
-//! * the new connection is silent for too long after that: it is closed, and both ends go back.
+//! * an installed decider goes back when the new connection ends: the follower's forwarder died before it let its
+//!   gate go.
 //!
-//! The marks are sent by the block inside the processes, after the descriptors are in place, and the block goes to
-//! its end without its forwarder: so a mark says "installed" as truly as the socket itself.
+//! The commit mark is sent by the block inside the decider's processes, after the descriptors are in place, and the
+//! block goes to its end without its forwarder: so the mark says "installed" as truly as the socket itself. Nothing
+//! is marked in the other direction: were the decider's forwarder dead by then, the application would read the mark.
+//! A decider that hears nothing while the new connection lives thaws there: the commit mark waits for a follower that
+//! is going to see it, and one that cannot any more has closed the new connection.
 
 use forwarder_api::{Direction, Refusal, Role};
 use serde::{Deserialize, Serialize};
@@ -52,6 +54,8 @@ pub enum Message {
     Look(Look),
     /// The follower has promised to move when it sees the commit mark.
     Armed,
+    /// The follower has moved.
+    Installed,
     /// The sender is thawing on its old connection. `marked`: the abort mark was sent too, and must be taken out of
     /// the new connection.
     Abort {
@@ -60,11 +64,10 @@ pub enum Message {
     },
 }
 
-/// First byte on a new connection, in each direction.
+/// First byte from decider to follower on a new connection, taken out before the application sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Mark {
     Commit,
-    Done,
     Abort,
 }
 
@@ -72,13 +75,12 @@ impl Mark {
     pub fn byte(self) -> u8 {
         match self {
             Mark::Commit => b'C',
-            Mark::Done => b'D',
             Mark::Abort => b'A',
         }
     }
 
     pub fn of(byte: u8) -> Option<Mark> {
-        [Mark::Commit, Mark::Done, Mark::Abort].into_iter().find(|mark| mark.byte() == byte)
+        [Mark::Commit, Mark::Abort].into_iter().find(|mark| mark.byte() == byte)
     }
 }
 
@@ -116,13 +118,15 @@ pub enum Action {
     },
     /// Bring the new socket into the processes, up to the gate; the mark and these bytes go out after it.
     Arm {
-        mark: Mark,
+        mark: Option<Mark>,
         carry: Vec<u8>,
     },
     OpenGate,
     CloseGate,
     /// Take the next byte of the new connection as a mark.
     AwaitMark,
+    /// Watch for the end of the new connection, and take nothing out of it.
+    AwaitPeer,
     SendAbortMark,
     /// Give the processes their old socket again.
     Reverse,
@@ -157,7 +161,7 @@ pub enum Stage {
     },
     /// The gate is open.
     Opened,
-    /// Decider: waits for the follower's mark.
+    /// Decider: waits for the follower to say the same.
     Installed,
     Ended,
 }
@@ -242,7 +246,7 @@ impl End {
             | Event::Frozen(_)
             | Event::FreezeFailed(_)
             | Event::Looked(_)
-            | Event::Peer(Message::Freeze | Message::Look(_) | Message::Armed)
+            | Event::Peer(Message::Freeze | Message::Look(_) | Message::Armed | Message::Installed)
             | Event::Armed
             | Event::ArmFailed(_)
             | Event::Installed
@@ -265,7 +269,7 @@ impl End {
             | Event::Frozen(_)
             | Event::FreezeFailed(_)
             | Event::Looked(_)
-            | Event::Peer(Message::Look(_) | Message::Armed)
+            | Event::Peer(Message::Look(_) | Message::Armed | Message::Installed)
             | Event::Armed
             | Event::ArmFailed(_)
             | Event::Installed
@@ -292,7 +296,7 @@ impl End {
             Event::Start
             | Event::Calm
             | Event::Looked(_)
-            | Event::Peer(Message::Freeze | Message::Armed)
+            | Event::Peer(Message::Freeze | Message::Armed | Message::Installed)
             | Event::Armed
             | Event::ArmFailed(_)
             | Event::Installed
@@ -326,7 +330,7 @@ impl End {
             | Event::Calm
             | Event::Frozen(_)
             | Event::FreezeFailed(_)
-            | Event::Peer(Message::Freeze)
+            | Event::Peer(Message::Freeze | Message::Installed)
             | Event::Armed
             | Event::ArmFailed(_)
             | Event::Installed
@@ -352,8 +356,8 @@ impl End {
                 (Some(_), None) => (Stage::Frozen { mine, theirs }, vec![]),
                 (Some(_), Some(carry)) => {
                     let mark = match self.role {
-                        Role::Decider => Mark::Commit,
-                        Role::Follower => Mark::Done,
+                        Role::Decider => Some(Mark::Commit),
+                        Role::Follower => None,
                     };
                     let arm = Action::Arm { mark, carry: carry.clone() };
                     (Stage::Arming { peer_armed: false }, vec![arm])
@@ -383,7 +387,7 @@ impl End {
             | Event::Frozen(_)
             | Event::FreezeFailed(_)
             | Event::Looked(_)
-            | Event::Peer(Message::Freeze | Message::Look(_))
+            | Event::Peer(Message::Freeze | Message::Look(_) | Message::Installed)
             | Event::Installed
             | Event::InstallFailed(_)
             | Event::Mark(_)
@@ -403,7 +407,7 @@ impl End {
             | Event::Frozen(_)
             | Event::FreezeFailed(_)
             | Event::Looked(_)
-            | Event::Peer(Message::Freeze | Message::Look(_))
+            | Event::Peer(Message::Freeze | Message::Look(_) | Message::Installed)
             | Event::Armed
             | Event::ArmFailed(_)
             | Event::Installed
@@ -435,13 +439,13 @@ impl End {
             }
             Event::NewEnded => back(aborted.unwrap_or(Refusal::PeerAborted), true),
             // Nobody knows what the decider did: never use this connection again.
-            Event::SilenceOver | Event::Mark(Mark::Done) => back(Refusal::HostPathFailed, true),
+            Event::SilenceOver => back(Refusal::HostPathFailed, true),
             Event::Start
             | Event::Calm
             | Event::Frozen(_)
             | Event::FreezeFailed(_)
             | Event::Looked(_)
-            | Event::Peer(Message::Freeze | Message::Look(_) | Message::Armed)
+            | Event::Peer(Message::Freeze | Message::Look(_) | Message::Armed | Message::Installed)
             | Event::Armed
             | Event::ArmFailed(_)
             | Event::Installed
@@ -453,8 +457,11 @@ impl End {
 
     fn opened(&self, event: Event) -> (Stage, Vec<Action>) {
         match (event, self.role) {
-            (Event::Installed, Role::Decider) => (Stage::Installed, vec![Action::AwaitMark]),
-            (Event::Installed, Role::Follower) => (Stage::Ended, vec![Action::Thaw, Action::End(Ok(()))]),
+            (Event::Installed, Role::Decider) => (Stage::Installed, vec![Action::AwaitPeer]),
+            (Event::Installed, Role::Follower) => {
+                let told = Action::Tell(Message::Installed);
+                (Stage::Ended, vec![told, Action::Thaw, Action::End(Ok(()))])
+            }
             (Event::InstallFailed(reason), Role::Decider | Role::Follower) => self.reverse(reason),
             (
                 Event::Start
@@ -477,15 +484,17 @@ impl End {
 
     fn installed(&self, event: Event) -> (Stage, Vec<Action>) {
         match event {
-            Event::Mark(Mark::Done) => (Stage::Ended, vec![Action::Thaw, Action::End(Ok(()))]),
-            Event::NewEnded | Event::Mark(Mark::Commit | Mark::Abort) => self.reverse(Refusal::PeerAborted),
-            Event::SilenceOver => self.reverse(Refusal::HostPathFailed),
-            Event::Start
+            Event::Peer(Message::Installed) | Event::SilenceOver => {
+                (Stage::Ended, vec![Action::Thaw, Action::End(Ok(()))])
+            }
+            Event::NewEnded => self.reverse(Refusal::PeerAborted),
+            Event::Mark(_)
+            | Event::Peer(Message::Freeze | Message::Look(_) | Message::Armed | Message::Abort { .. })
+            | Event::Start
             | Event::Calm
             | Event::Frozen(_)
             | Event::FreezeFailed(_)
             | Event::Looked(_)
-            | Event::Peer(_)
             | Event::Armed
             | Event::ArmFailed(_)
             | Event::Installed
