@@ -19,7 +19,7 @@ use nix::sys::{
 use crate::{
     freeze::Frozen,
     holders::{Holders, plan},
-    inject::{Block, Done, Gate, Lend, RECOVERY, TablePlan},
+    inject::{Block, Carried, Done, Gate, Lend, RECOVERY, TablePlan},
     inspect::{InspectError, Inspector, SocketFacts},
     options::{self, SendRoom},
     process::{self, RemoteFd, Tgid},
@@ -101,6 +101,21 @@ fn peek(socket: BorrowedFd<'_>, length: usize) -> Result<Vec<u8>, Refusal> {
     Ok(bytes)
 }
 
+/// Take the first `length` unread bytes out of a socket that is to be parked: they were carried over.
+pub fn discard(socket: BorrowedFd<'_>, length: usize) -> bool {
+    use std::os::fd::AsRawFd;
+    let mut left = length;
+    let mut bytes = vec![0; left.min(1 << 20)];
+    while left > 0 {
+        let part = left.min(bytes.len());
+        match recv(socket.as_raw_fd(), &mut bytes[..part], MsgFlags::MSG_DONTWAIT) {
+            Ok(count) if count > 0 => left -= count,
+            Ok(_) | Err(_) => return false,
+        }
+    }
+    true
+}
+
 /// One socket to be taken out and the one that takes its place.
 pub struct Substitution<'a> {
     pub old: BorrowedFd<'a>,
@@ -141,8 +156,10 @@ impl Armed {
             lead.carries = true;
         }
         let sockets: Vec<BorrowedFd<'_>> = pairs.iter().map(|pair| pair.new).collect();
-        let carried: Vec<(usize, BorrowedFd<'_>)> =
-            carried.iter().map(|(index, bytes)| (*index, bytes.as_fd())).collect();
+        let carried: Vec<Carried<'_>> = carried
+            .iter()
+            .map(|(socket, file)| Carried { file: file.as_fd(), length: pairs[*socket].carry.len(), socket: *socket })
+            .collect();
         let lend = Lend { sockets: &sockets, carried: &carried };
 
         let mut armed = Armed { gate: Gate::new()?, blocks: Vec::new(), rooms };

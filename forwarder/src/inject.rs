@@ -69,8 +69,16 @@ pub struct Replacement {
 /// What a process is lent for the time of the block.
 pub struct Lend<'a> {
     pub sockets: &'a [BorrowedFd<'a>],
-    /// Memory files whose bytes go into the new socket of that index after the gate.
-    pub carried: &'a [(usize, BorrowedFd<'a>)],
+    pub carried: &'a [Carried<'a>],
+}
+
+/// A memory file whose bytes go into a new socket after the gate.
+#[derive(Clone, Copy)]
+pub struct Carried<'a> {
+    pub file: BorrowedFd<'a>,
+    pub length: usize,
+    /// Index of the new socket.
+    pub socket: usize,
 }
 
 /// The decision for all processes of an end: one byte lets all blocks go, dropping it turns all back.
@@ -322,12 +330,13 @@ impl Block {
         self.gate = calls.len() - 1;
         self.first_replacement = calls.len() + first_replacement;
         calls.append(&mut body);
-        for (index, (socket, _)) in lend.carried.iter().take(carry).enumerate() {
-            // Until the memory file is at its end.
+        for (index, carried) in lend.carried.iter().take(carry).enumerate() {
+            // Until the memory file is at its end. The exact length: a larger one would make sendfile(2) say
+            // MSG_MORE, and TCP keep the last segment back for 200 ms.
             let again = calls.len();
             calls.push(
-                Call::new(libc::SYS_sendfile, &[0, 0, 0, 1 << 30])
-                    .indirect(0, socket_fd(*socket))
+                Call::new(libc::SYS_sendfile, &[0, 0, 0, carried.length as u64])
+                    .indirect(0, socket_fd(carried.socket))
                     .indirect(1, carried_fd(index))
                     .or_go_to(1, again + 1)
                     .then_go_to(again),
@@ -358,7 +367,7 @@ impl Block {
     fn send_descriptors(&self, pair: &OwnedFd, lend: &Lend<'_>, gate: &Gate) -> Result<(), Refusal> {
         let mut fds: Vec<RawFd> = vec![gate.wait.as_raw_fd()];
         fds.extend(lend.sockets.iter().map(AsRawFd::as_raw_fd));
-        fds.extend(lend.carried.iter().map(|(_, bytes)| bytes.as_raw_fd()));
+        fds.extend(lend.carried.iter().map(|carried| carried.file.as_raw_fd()));
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
         sendmsg::<()>(
             pair.as_raw_fd(),

@@ -81,7 +81,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     server::serve(&site, &listener).context("serving routers")
 }
 
-/// What this host must offer: found out by doing it.
+/// What this host and our privileges must offer.
 fn probe() -> Result<()> {
     if foothold::room().is_none() {
         bail!(
@@ -89,19 +89,19 @@ fn probe() -> Result<()> {
             arch::foothold_len()
         );
     }
-    let mut child = std::process::Command::new("/proc/self/exe")
-        .arg("--version")
-        .stdout(std::process::Stdio::null())
-        .spawn()
-        .context("starting a process to try ptrace on")?;
-    let pid = nix::unistd::Pid::from_raw(child.id() as i32);
-    let seized = nix::sys::ptrace::seize(pid, nix::sys::ptrace::Options::empty());
-    let _ = child.kill();
-    let _ = child.wait();
-    match seized {
-        Ok(()) | Err(nix::errno::Errno::ESRCH) => Ok(()),
-        Err(error) => bail!("ptrace of another process fails with {error}: CAP_SYS_PTRACE is needed"),
+    let status = std::fs::read_to_string("/proc/self/status").context("reading /proc/self/status")?;
+    let effective = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .context("/proc/self/status has no CapEff line")?;
+    // linux/capability.h; what needs each is in the README.
+    for (bit, name) in [(12, "CAP_NET_ADMIN"), (19, "CAP_SYS_PTRACE"), (21, "CAP_SYS_ADMIN"), (39, "CAP_BPF")] {
+        if effective & 1 << bit == 0 {
+            bail!("{name} is missing: run the forwarder as root, or with this capability added");
+        }
     }
+    Ok(())
 }
 
 /// Take the socket's place; refuse while another forwarder answers there.

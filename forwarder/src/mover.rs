@@ -24,7 +24,7 @@ use nix::{
 };
 
 use crate::{
-    exchange::{Armed, Substitution, facts_while_frozen, look},
+    exchange::{Armed, Substitution, discard, facts_while_frozen, look},
     freeze::Frozen,
     inspect::{Inspector, SocketFacts, TCP_ESTABLISHED},
     options::{ReceiveRoom, Shallow},
@@ -217,7 +217,7 @@ impl Remote {
         };
         moved.socket = self.new.as_ref().and_then(socket_inode);
         let parked = match self.prepared.direction {
-            Direction::ToHost => Some(Parked {
+            Direction::ToHost => discard(end.old.as_fd(), unread_bytes as usize).then_some(Parked {
                 overlay: vec![end.old],
                 host: moved.socket.into_iter().collect(),
                 note: std::mem::take(&mut self.prepared.note),
@@ -298,7 +298,7 @@ impl Running<'_> {
             Action::MakeShallow => self.make_shallow(),
             Action::Freeze => Some(self.freeze().map_or_else(Event::FreezeFailed, Event::Frozen)),
             Action::LookAgain { with_unread } => {
-                self.with_unread |= with_unread;
+                self.with_unread = with_unread;
                 self.look_at = Some(if with_unread { Instant::now() } else { Instant::now() + SETTLE_POLL });
                 None
             }
@@ -591,20 +591,23 @@ impl Running<'_> {
 pub fn run_local(site: &Site, mut prepared: Prepared, new: Vec<OwnedFd>, budget: Duration) -> Finished {
     let mut times = Times::default();
     let mut moved = Moved::default();
+    let mut unread = [0; 2];
     let ends = std::mem::take(&mut prepared.ends);
-    let result = move_locally(site, &ends, tgids_of(&ends), &new, budget, &mut times, &mut moved);
+    let result = move_locally(site, &ends, tgids_of(&ends), &new, budget, &mut times, &mut moved, &mut unread);
     if let Err(reason) = result {
         return Finished { outcome: aborted(reason, times.pause_us()), parked: None };
     }
     moved = Moved {
-        unread_bytes: moved.unread_bytes,
+        unread_bytes: unread.iter().sum::<usize>() as u64,
         threads: moved.threads,
         processes: tgids_of(&ends).len() as u32,
         fds: ends.iter().map(|end| end.holders.fds() as u32).sum(),
         socket: new.first().and_then(socket_inode),
         ..times.moved()
     };
+    let discarded = ends.iter().zip(unread).all(|(end, unread)| discard(end.old.as_fd(), unread));
     let parked = match prepared.direction {
+        Direction::ToHost if !discarded => None,
         Direction::ToHost => Some(Parked {
             overlay: ends.into_iter().map(|end| end.old).collect(),
             host: new.iter().filter_map(socket_inode).collect(),
@@ -627,6 +630,7 @@ fn move_locally(
     budget: Duration,
     times: &mut Times,
     moved: &mut Moved,
+    unread: &mut [usize; 2],
 ) -> Result<(), Refusal> {
     let ([first, second], [new_first, new_second]) = (ends, new) else { return Err(Refusal::NotEstablished) };
     let inspector = site.programs.inspector().map_err(report)?;
@@ -664,7 +668,7 @@ fn move_locally(
         };
         let (for_first, for_second) =
             (unread_of(&looks[0], first, &facts_first)?, unread_of(&looks[1], second, &facts_second)?);
-        moved.unread_bytes = (for_first.len() + for_second.len()) as u64;
+        *unread = [for_first.len(), for_second.len()];
         // What one end has not read arrives there when the other end's new socket sends it.
         let pairs = [
             Running::substitution(first, new_first, &facts_first, for_second),

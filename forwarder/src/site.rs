@@ -157,9 +157,7 @@ impl Site {
             options::may_be_carried(old.as_fd())?;
         }
         let holders = Holders::of(facts.file, listed, self.own);
-        if !holders.account_for(&facts, 1) {
-            return Err(Refusal::UnseenReference);
-        }
+        // References are counted when all holders are frozen: until then, calls in progress take some of their own.
         Ok(PreparedEnd { old, holders, v6: facts.v6 })
     }
 

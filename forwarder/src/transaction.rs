@@ -309,10 +309,11 @@ impl End {
     fn frozen(&self, mine: Look, theirs: Option<Look>, event: Event) -> (Stage, Vec<Action>) {
         match event {
             Event::Looked(look) => {
-                let news = look != mine;
+                // The peer needs my last look only: the first one told it what I have written.
+                let tell = look != mine && theirs.as_ref().is_some_and(|peer| is_last(&look, peer));
                 let told = Action::Tell(Message::Look(look.clone()));
                 let (stage, mut actions) = self.consider(look, theirs);
-                if news {
+                if tell {
                     actions.insert(0, told);
                 }
                 (stage, actions)
@@ -347,6 +348,7 @@ impl End {
         };
         match relation(&mine, peer) {
             Relation::Strangers => self.abort(Refusal::NotTheSameConnection),
+            Relation::InFlight if is_last(&mine, peer) => (Stage::Frozen { mine, theirs }, vec![]),
             Relation::InFlight => {
                 let with_unread = mine.rcv_nxt == peer.write_seq;
                 (Stage::Frozen { mine, theirs }, vec![Action::LookAgain { with_unread }])
@@ -559,6 +561,11 @@ pub enum Relation {
     InFlight,
     /// No amount of waiting makes these the ends of one connection.
     Strangers,
+}
+
+/// Nothing will change in `mine` any more, and all of it is known: `peer` is frozen and wrote so much.
+fn is_last(mine: &Look, peer: &Look) -> bool {
+    mine.snd_una == mine.write_seq && mine.rcv_nxt == peer.write_seq && mine.unread.is_some()
 }
 
 /// More than TCP can have in flight (the largest scaled window is 1 GiB).
