@@ -1,1 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Two hosts, an overlay between them and pods on it, on one machine.
+//!
+//! A [`Lab`] is made of network and mount namespaces without names, one cgroup subtree and one directory. The
+//! namespaces are held by file descriptors of the process that made the lab and end with it; everything else is
+//! cleaned up by the lab's [`Keeper`](keeper), a process that notices when its owner ends, in whatever way. So two
+//! labs can be up at once, with the same addresses, and nothing is left behind, even after SIGKILL.
+//!
+//! ```no_run
+//! # fn main() -> anyhow::Result<()> {
+//! use lab::{Lab, RouterOptions};
+//! let lab = Lab::new("example")?;
+//! lab.start_everything(&RouterOptions::default())?;
+//! let (client, server) = (lab.h1.pod("client")?, lab.h2.pod("server")?);
+//! # Ok(()) }
+//! ```
 
+mod cgroup;
+mod control;
+mod host;
+mod keeper;
+mod namespace;
+mod network;
+mod pod;
+mod process;
+mod program;
+mod wait;
+
+pub mod measure;
+pub mod workload;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+pub use cgroup::Cgroup;
+pub use control::{Flow, Status};
+pub use host::{Host, RouterOptions};
+pub use namespace::Namespace;
+pub use pod::{Family, Pod};
+pub use process::{Finished, Place, Process};
+pub use program::program;
+pub use wait::{DEADLINE, wait_for};
+
+use keeper::Keeper;
+
+/// Two hosts and the overlay between them.
+pub struct Lab {
+    pub h1: Host,
+    pub h2: Host,
+    pub name: String,
+    directory: PathBuf,
+    /// Last, so that it is dropped last: it ends what the fields above have left running.
+    _keeper: Keeper,
+}
+
+impl Lab {
+    /// A lab for the test of this name. Names must differ between the labs that one process has at a time.
+    pub fn new(name: &str) -> Result<Lab> {
+        keeper::sweep();
+        let name = format!("{name}-{}", std::process::id());
+        let cgroup = Cgroup::root()?.child(&format!("{}{name}", keeper::PREFIX));
+        let directory = keeper::directory().join(&name);
+        let keeper = Keeper::start(&cgroup, &directory)?;
+        let build = || -> Result<(Host, Host)> {
+            std::fs::create_dir_all(&directory).with_context(|| format!("making {}", directory.display()))?;
+            let h1 = Host::new(1, &cgroup, &directory)?;
+            let h2 = Host::new(2, &cgroup, &directory)?;
+            network::connect(&h1, &h2)?;
+            Ok((h1, h2))
+        };
+        let (h1, h2) = build().with_context(|| format!("building the lab {name}"))?;
+        let lab = Lab { h1, h2, name, directory, _keeper: keeper };
+        if std::env::var_os("LAB_QUIET").is_none() {
+            for host in lab.hosts() {
+                eprintln!("{} {}: {}", lab.name, host.name, host.place().line_to_enter());
+            }
+        }
+        Ok(lab)
+    }
+
+    pub fn hosts(&self) -> [&Host; 2] {
+        [&self.h1, &self.h2]
+    }
+
+    /// Where sockets, logs and the output of programs are.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Forwarder and router on both hosts, ready.
+    pub fn start_everything(&self, options: &RouterOptions) -> Result<()> {
+        for host in self.hosts() {
+            host.start_forwarder()?;
+        }
+        self.start_routers(options)
+    }
+
+    /// A router on each host, ready.
+    pub fn start_routers(&self, options: &RouterOptions) -> Result<()> {
+        self.hosts().into_iter().try_for_each(|host| host.start_router(options))
+    }
+
+    /// Stops both routers with SIGTERM.
+    pub fn stop_routers(&self) -> Result<()> {
+        // At the same time: a connection that goes back needs both.
+        for host in self.hosts() {
+            host.terminate_router()?;
+        }
+        for host in self.hosts() {
+            let end = host.wait_for_router()?;
+            anyhow::ensure!(end.success(), "the router of {} ended with {}", host.name, end.status);
+        }
+        Ok(())
+    }
+
+    /// Stops routers and forwarders.
+    pub fn stop_everything(&self) -> Result<()> {
+        self.stop_routers()?;
+        self.hosts().into_iter().try_for_each(|host| host.stop_forwarder().map(drop))
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for host in self.hosts() {
+                host.show_logs();
+            }
+        }
+    }
+}

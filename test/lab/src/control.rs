@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What a router says about itself: the commands that a user has, and their JSON.
+
+use std::{
+    collections::BTreeMap,
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::{DEADLINE, Host, program, wait_for};
+
+/// A connection in `router flows --json`. What the lab does not look at is left out.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Flow {
+    #[serde(default)]
+    pub conn: Option<String>,
+    pub local: String,
+    pub remote: String,
+    pub path: String,
+    #[serde(default)]
+    pub pause_us: Option<u64>,
+    #[serde(default)]
+    pub reason: Option<String>,
+    #[serde(default)]
+    pub reason_text: Option<String>,
+    #[serde(default)]
+    pub bytes_sent: Option<u64>,
+    #[serde(default)]
+    pub bytes_received: Option<u64>,
+}
+
+impl Flow {
+    pub fn on_host(&self) -> bool {
+        self.path == "host"
+    }
+
+    /// Is this the connection to or from this port?
+    pub fn has_port(&self, port: u16) -> bool {
+        let suffix = format!(":{port}");
+        self.local.ends_with(&suffix) || self.remote.ends_with(&suffix)
+    }
+}
+
+/// `router status --json`.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Status {
+    pub mode: String,
+    pub swapped: u64,
+    #[serde(default)]
+    pub refused: BTreeMap<String, u64>,
+    #[serde(default)]
+    pub drops: u64,
+}
+
+impl Host {
+    /// Runs `router` with these arguments against this host's router and returns what it printed.
+    pub fn ask(&self, arguments: &[&str]) -> Result<String> {
+        let mut command = Command::new(program("router")?);
+        command.args(arguments).envs(self.environment()).stdin(Stdio::null());
+        self.place().run(&mut command).with_context(|| format!("on {}", self.name))
+    }
+
+    fn ask_json(&self, arguments: &[&str]) -> Result<Value> {
+        let text = self.ask(arguments)?;
+        serde_json::from_str(&text).with_context(|| format!("router {} printed {text}", arguments.join(" ")))
+    }
+
+    pub fn status(&self) -> Result<Status> {
+        let value = self.ask_json(&["status", "--json"])?;
+        serde_json::from_value(value.clone()).with_context(|| format!("status {value}"))
+    }
+
+    pub fn flows(&self) -> Result<Vec<Flow>> {
+        let value = self.ask_json(&["flows", "--json"])?;
+        // A list, or an object with a list in it.
+        let list = value.get("flows").cloned().unwrap_or_else(|| value.clone());
+        serde_json::from_value(list).with_context(|| format!("flows {value}"))
+    }
+
+    pub fn swap_back_all(&self) -> Result<()> {
+        self.ask(&["swap-back", "--all"]).map(drop)
+    }
+
+    pub fn swap_back(&self, conn: &str) -> Result<()> {
+        self.ask(&["swap-back", conn]).map(drop)
+    }
+
+    pub fn swap(&self, conn: &str) -> Result<()> {
+        self.ask(&["swap", conn]).map(drop)
+    }
+
+    /// Waits until this host's router shows the connection of this port as `wanted` says.
+    pub fn wait_for_flow(&self, port: u16, what: &str, wanted: impl Fn(&Flow) -> bool) -> Result<Flow> {
+        let mut last = Vec::new();
+        let what = format!("port {port} on {} to be {what}", self.name);
+        wait_for(&what, DEADLINE, || {
+            last = self.flows()?;
+            Ok(last.iter().find(|flow| flow.has_port(port) && wanted(flow)).cloned())
+        })
+        .with_context(|| format!("the flows at that time: {last:#?}"))
+    }
+
+    pub fn wait_until_on_host(&self, port: u16) -> Result<Flow> {
+        self.wait_for_flow(port, "on the host network", Flow::on_host)
+    }
+
+    pub fn wait_until_on_overlay(&self, port: u16) -> Result<Flow> {
+        self.wait_for_flow(port, "on the overlay", |flow| flow.path == "overlay")
+    }
+
+    /// Waits for a connection that was refused, and says why.
+    pub fn wait_until_refused(&self, port: u16) -> Result<String> {
+        let refused = |flow: &Flow| flow.path == "overlay" && flow.reason.is_some();
+        let flow = self.wait_for_flow(port, "refused", refused)?;
+        flow.reason.context("a refused connection has a reason")
+    }
+
+    /// Orders a move and waits until the connection is there. A passing refusal is asked again, as a person would.
+    pub fn move_to(&self, port: u16, path: &str) -> Result<Flow> {
+        let mut last = None;
+        wait_for(&format!("port {port} on {} to move to {path}", self.name), DEADLINE, || {
+            let Some(flow) = self.flows()?.into_iter().find(|flow| flow.has_port(port)) else {
+                bail!("no connection of port {port} on {}", self.name);
+            };
+            if flow.path == path {
+                return Ok(Some(flow));
+            }
+            let conn = flow.conn.clone().context("a connection without a name")?;
+            let answer = if path == "host" { self.swap(&conn) } else { self.swap_back(&conn) };
+            last = answer.err();
+            // The order may be carried out a moment after its answer.
+            let arrived = |flow: &Flow| flow.path == path;
+            Ok(wait_for("", Duration::from_millis(500), || {
+                Ok(self.flows()?.into_iter().find(|flow| flow.has_port(port) && arrived(flow)))
+            })
+            .ok())
+        })
+        .with_context(|| format!("the last answer: {last:?}"))
+    }
+}

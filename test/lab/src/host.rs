@@ -1,0 +1,274 @@
+// SPDX-License-Identifier: Apache-2.0
+use std::{
+    ffi::OsString,
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::{Arc, Mutex, MutexGuard},
+};
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+
+use crate::{
+    Cgroup, DEADLINE, Finished, Namespace, Place, Pod, Process,
+    network::{HOST_IF, OVERLAY_IF, host_address, plug_number},
+    process, program, wait_for,
+};
+
+/// One of the two hosts, with what runs on it.
+pub struct Host {
+    /// 1 or 2; part of every address.
+    pub index: u8,
+    pub name: String,
+    pub address: Ipv4Addr,
+    cgroup: Cgroup,
+    place: Place,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    pods: u8,
+    starts: u32,
+    router: Option<Process>,
+    forwarder: Option<Process>,
+}
+
+/// How a router is started.
+#[derive(Clone, Default)]
+pub struct RouterOptions {
+    /// Rules; without them, a rule that matches every pair of pods.
+    pub rules: Option<PathBuf>,
+    /// Leave connections on the host network when stopped.
+    pub leave: bool,
+    /// More arguments and variables, which win over the lab's own.
+    pub arguments: Vec<String>,
+    pub environment: Vec<(String, String)>,
+}
+
+impl RouterOptions {
+    pub fn with_rules(rules: &Path) -> RouterOptions {
+        RouterOptions { rules: Some(rules.to_owned()), ..RouterOptions::default() }
+    }
+
+    pub fn with(mut self, name: &str, value: &str) -> RouterOptions {
+        self.environment.push((name.to_owned(), value.to_owned()));
+        self
+    }
+}
+
+const RULE_FOR_ALL_PODS: &str = "type=cidr\nname=pods\nfrom=10.244.0.0/16\nto=10.244.0.0/16\nreverse=false\n";
+const RULE_FOR_ALL_PODS_V6: &str =
+    "type=cidr\nname=pods6\nfrom=fd00:10:244::/48\nto=fd00:10:244::/48\nreverse=false\n";
+
+impl Host {
+    pub(crate) fn new(index: u8, lab: &Cgroup, directory: &Path) -> Result<Host> {
+        let name = format!("h{index}");
+        let directory = directory.join(&name);
+        let bpffs = directory.join("bpf");
+        std::fs::create_dir_all(&bpffs)?;
+        let cgroup = lab.child(&name);
+        let system = cgroup.child("system");
+        system.make()?;
+        let rules = directory.join("rules");
+        std::fs::create_dir_all(&rules)?;
+        std::fs::write(rules.join("pods"), RULE_FOR_ALL_PODS)?;
+        std::fs::write(rules.join("pods6"), RULE_FOR_ALL_PODS_V6)?;
+        let place = Place {
+            network: Arc::new(Namespace::network()?),
+            mounts: Some(Arc::new(Namespace::mounts_with_bpffs(&bpffs)?)),
+            cgroup: system,
+            directory,
+        };
+        Ok(Host { index, name, address: host_address(index), cgroup, place, state: Mutex::default() })
+    }
+
+    /// Where the host's own programs run.
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// The cgroup of this host's containers and programs.
+    pub fn cgroup(&self) -> &Cgroup {
+        &self.cgroup
+    }
+
+    /// A new pod on this host.
+    pub fn pod(&self, name: &str) -> Result<Pod> {
+        let index = {
+            let mut state = self.state();
+            state.pods += 1;
+            plug_number(state.pods)
+        };
+        Pod::new(self, index, name, &self.cgroup).with_context(|| format!("pod {name} on {}", self.name))
+    }
+
+    /// The settings of this host's router.
+    pub fn environment(&self) -> Vec<(String, OsString)> {
+        let file = |name: &str| self.place.directory.join(name).into_os_string();
+        let pins = self.place.directory.join("bpf/ebpf-router").into_os_string();
+        let log_level = std::env::var_os("LAB_LOGLEVEL").unwrap_or_else(|| "INFO".into());
+        [
+            ("OVERLAY_IF", OVERLAY_IF.into()),
+            ("HOST_IF", HOST_IF.into()),
+            ("ROUTER_LOGLEVEL", log_level.clone()),
+            ("ROUTER_RULES", file("rules")),
+            ("ROUTER_FORWARDER", file("forwarder.sock")),
+            ("ROUTER_CONTROL", file("router.sock")),
+            ("ROUTER_CGROUP", self.cgroup.path().into()),
+            ("ROUTER_PINS", pins),
+            ("FORWARDER_LOGLEVEL", log_level),
+        ]
+        .map(|(name, value): (&str, OsString)| (name.to_owned(), value))
+        .into()
+    }
+
+    /// Starts the forwarder and waits until it listens.
+    pub fn start_forwarder(&self) -> Result<()> {
+        let socket = self.place.directory.join("forwarder.sock");
+        let mut command = Command::new(program("forwarder")?);
+        command.arg("--socket").arg(&socket).envs(self.environment());
+        let mut forwarder = self.start("forwarder", &mut command)?;
+        wait_for(&format!("the forwarder of {} to listen", self.name), DEADLINE, || {
+            forwarder.fail_if_ended()?;
+            Ok(is_listening(&forwarder, &socket).then_some(()))
+        })?;
+        self.state().forwarder = Some(forwarder);
+        Ok(())
+    }
+
+    /// Starts the router and waits until it answers.
+    pub fn start_router(&self, options: &RouterOptions) -> Result<()> {
+        let mut router = self.spawn_router(options)?;
+        let what = format!("the router of {} to answer `router status`", self.name);
+        wait_for(&what, DEADLINE, || {
+            router.fail_if_ended()?;
+            Ok(self.status().ok())
+        })
+        .with_context(|| router.stderr())?;
+        self.state().router = Some(router);
+        Ok(())
+    }
+
+    /// Starts a router that is not expected to stay.
+    pub fn spawn_router(&self, options: &RouterOptions) -> Result<Process> {
+        let mut command = Command::new(program("router")?);
+        command.arg("run").args(&options.arguments).envs(self.environment());
+        if let Some(rules) = &options.rules {
+            command.env("ROUTER_RULES", rules);
+        }
+        if options.leave {
+            command.arg("--leave");
+        }
+        command.envs(options.environment.iter().map(|(name, value)| (name, value)));
+        self.start("router", &mut command)
+    }
+
+    /// SIGTERM, and the router's end.
+    pub fn stop_router(&self) -> Result<Finished> {
+        self.terminate_router()?;
+        self.wait_for_router()
+    }
+
+    pub fn terminate_router(&self) -> Result<()> {
+        self.state().router.as_ref().context("no router is running")?.signal(Signal::SIGTERM)
+    }
+
+    pub fn wait_for_router(&self) -> Result<Finished> {
+        let router = self.state().router.take().context("no router is running")?;
+        router.wait(DEADLINE)
+    }
+
+    /// SIGKILL.
+    pub fn kill_router(&self) -> Result<()> {
+        let router = self.state().router.take().context("no router is running")?;
+        router.kill()
+    }
+
+    pub fn stop_forwarder(&self) -> Result<Finished> {
+        let forwarder = self.state().forwarder.take().context("no forwarder is running")?;
+        forwarder.signal(Signal::SIGTERM)?;
+        forwarder.wait(DEADLINE)
+    }
+
+    /// SIGKILL.
+    pub fn kill_forwarder(&self) -> Result<()> {
+        let forwarder = self.state().forwarder.take().context("no forwarder is running")?;
+        forwarder.kill()
+    }
+
+    pub fn router_pid(&self) -> Option<u32> {
+        self.state().router.as_ref().map(Process::pid)
+    }
+
+    pub fn forwarder_pid(&self) -> Option<u32> {
+        self.state().forwarder.as_ref().map(Process::pid)
+    }
+
+    /// What the router has logged since it was started.
+    pub fn router_log(&self) -> String {
+        self.state().router.as_ref().map(Process::stderr).unwrap_or_default()
+    }
+
+    /// The files that programs have pinned in this host's bpf file system.
+    pub fn pins(&self) -> Result<Vec<PathBuf>> {
+        let mounts = self.place.mounts.as_ref().context("a host has mounts of its own")?;
+        let root = self.place.directory.join("bpf");
+        mounts.run(|| {
+            let mut pins = Vec::new();
+            let mut left = vec![root];
+            while let Some(directory) = left.pop() {
+                for entry in std::fs::read_dir(&directory)? {
+                    let entry = entry?;
+                    if entry.file_type()?.is_dir() {
+                        left.push(entry.path());
+                    } else if !entry.file_name().to_string_lossy().ends_with(".debug") {
+                        pins.push(entry.path());
+                    }
+                }
+            }
+            Ok(pins)
+        })
+    }
+
+    /// A directory with one rule in it, for [`RouterOptions::with_rules`].
+    pub fn write_rules(&self, name: &str, text: &str) -> Result<PathBuf> {
+        let directory = self.place.directory.join(format!("rules-{name}"));
+        std::fs::create_dir_all(&directory)?;
+        std::fs::write(directory.join(name), text)?;
+        Ok(directory)
+    }
+
+    pub(crate) fn show_logs(&self) {
+        let state = self.state();
+        for process in [&state.router, &state.forwarder].into_iter().flatten() {
+            process.show();
+        }
+    }
+
+    fn start(&self, name: &str, command: &mut Command) -> Result<Process> {
+        let number = {
+            let mut state = self.state();
+            state.starts += 1;
+            state.starts
+        };
+        let process = self.place.spawn(&format!("{name}-{number}"), command)?;
+        ensure!(Path::new(&format!("/proc/{}", process.pid())).exists(), "{name} did not start");
+        Ok(process)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+/// As the kernel lists it: flag 00010000 is `__SO_ACCEPTCON`.
+fn is_listening(process: &process::Process, socket: &Path) -> bool {
+    let sockets = std::fs::read_to_string(format!("/proc/{}/net/unix", process.pid())).unwrap_or_default();
+    let path = socket.to_string_lossy();
+    sockets.lines().any(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        fields.get(3) == Some(&"00010000") && fields.get(7) == Some(&path.as_ref())
+    })
+}

@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0
+//! iperf3 and sockperf between two places, and the figures in what they print.
+
+use std::{net::IpAddr, process::Command, time::Duration};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::{DEADLINE, Place, Process, wait_for};
+
+/// A finished run of iperf3's client.
+#[derive(Clone, Debug)]
+pub struct Iperf3 {
+    json: Value,
+}
+
+/// Both ends of an iperf3 run, while it runs.
+pub struct RunningIperf3 {
+    pub server: Process,
+    pub client: Process,
+}
+
+pub const IPERF3_PORT: u16 = 5201;
+
+impl RunningIperf3 {
+    /// Starts a server for one test, and a client once that listens.
+    pub fn start(client: &Place, server: &Place, address: IpAddr, arguments: &[&str]) -> Result<RunningIperf3> {
+        let server = start_server(server, "iperf3-server", Command::new("iperf3").args(["-s", "-1"]), IPERF3_PORT)?;
+        let mut command = Command::new("iperf3");
+        command.args(["-c", &address.to_string(), "--json", "-i", "1"]).args(arguments);
+        let client = client.spawn("iperf3-client", &mut command)?;
+        Ok(RunningIperf3 { server, client })
+    }
+
+    pub fn finish(self) -> Result<Iperf3> {
+        let finished = self.client.wait(DEADLINE * 4)?;
+        let json: Value = serde_json::from_str(&finished.stdout)
+            .with_context(|| format!("iperf3 printed {}{}", finished.stdout, finished.stderr))?;
+        if let Some(error) = json["error"].as_str() {
+            bail!("iperf3: {error}");
+        }
+        finished.expect_success()?;
+        self.server.wait(DEADLINE)?.expect_success()?;
+        Ok(Iperf3 { json })
+    }
+}
+
+impl Iperf3 {
+    pub fn json(&self) -> &Value {
+        &self.json
+    }
+
+    /// Bits received per second over the whole run (without what `-O` omits), both directions added up.
+    pub fn gbps(&self) -> f64 {
+        let end = &self.json["end"];
+        let of = |sum: &str| end[sum]["bits_per_second"].as_f64().unwrap_or(0.0) / 1e9;
+        of("sum_received") + of("sum_received_bidir_reverse")
+    }
+
+    /// The rate of each second.
+    pub fn gbps_each_second(&self) -> Vec<f64> {
+        let intervals = self.json["intervals"].as_array().cloned().unwrap_or_default();
+        intervals
+            .iter()
+            .map(|interval| {
+                let of = |sum: &str| interval[sum]["bits_per_second"].as_f64().unwrap_or(0.0) / 1e9;
+                of("sum") + of("sum_bidir_reverse")
+            })
+            .collect()
+    }
+
+    /// CPU time of both programs, in percent of one CPU.
+    pub fn cpu_percent(&self) -> f64 {
+        let cpu = &self.json["end"]["cpu_utilization_percent"];
+        cpu["host_total"].as_f64().unwrap_or(0.0) + cpu["remote_total"].as_f64().unwrap_or(0.0)
+    }
+}
+
+/// What sockperf says about a ping-pong, one way.
+#[derive(Clone, Copy, Debug)]
+pub struct PingPong {
+    pub mean_us: f64,
+    pub p50_us: f64,
+    pub p99_us: f64,
+}
+
+pub const SOCKPERF_PORT: u16 = 11111;
+
+/// Sockperf's TCP ping-pong of 64 bytes. `meanwhile` runs while it does.
+pub fn ping_pong<T>(
+    client: &Place,
+    server: &Place,
+    address: IpAddr,
+    time: Duration,
+    meanwhile: impl FnOnce() -> Result<T>,
+) -> Result<(PingPong, T)> {
+    let (address, port) = (address.to_string(), SOCKPERF_PORT.to_string());
+    let _server = start_server(
+        server,
+        "sockperf-server",
+        Command::new("sockperf").args(["server", "--tcp", "-i", &address, "-p", &port]),
+        SOCKPERF_PORT,
+    )?;
+    let seconds = time.as_secs().to_string();
+    let mut command = Command::new("sockperf");
+    command.args(["ping-pong", "--tcp", "-i", &address, "-p", &port, "-m", "64", "-t", &seconds]);
+    let running = client.spawn("sockperf-client", &mut command)?;
+    let got = meanwhile();
+    let finished = running.wait(time + DEADLINE)?.expect_success()?;
+    Ok((parse_ping_pong(&finished.stdout)?, got?))
+}
+
+/// Starts a server and waits until something listens on its port. A program started first can then connect.
+fn start_server(place: &Place, name: &str, command: &mut Command, port: u16) -> Result<Process> {
+    let mut server = place.spawn(name, command)?;
+    wait_for(&format!("{name} to listen on port {port}"), DEADLINE, || {
+        server.fail_if_ended()?;
+        let state = |version: &str| {
+            std::fs::read_to_string(format!("/proc/{}/net/{version}", server.pid())).unwrap_or_default()
+        };
+        // Local address and port in hexadecimal, then the remote one, then the state: 0A is LISTEN.
+        let wanted = format!(":{port:04X}");
+        let listens = |line: &str| {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            fields.get(1).is_some_and(|local| local.ends_with(&wanted)) && fields.get(3) == Some(&"0A")
+        };
+        Ok((state("tcp").lines().any(listens) || state("tcp6").lines().any(listens)).then_some(()))
+    })?;
+    Ok(server)
+}
+
+fn parse_ping_pong(output: &str) -> Result<PingPong> {
+    // sockperf colours its lines; the figures stand after known words.
+    let after = |words: &str| {
+        let rest = output.split(words).nth(1)?;
+        let number: String =
+            rest.trim_start_matches([' ', '=']).chars().take_while(|c| c.is_ascii_digit() || *c == '.').collect();
+        number.parse::<f64>().ok()
+    };
+    let figure = |words: &str| after(words).with_context(|| format!("no \"{words}\" in what sockperf printed:\n{output}"));
+    Ok(PingPong {
+        mean_us: figure("Latency is ")?,
+        p50_us: figure("percentile 50.000")?,
+        p99_us: figure("percentile 99.000")?,
+    })
+}
+
+/// The middle one.
+pub fn median(values: &[f64]) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    match sorted.len() {
+        0 => None,
+        n if n % 2 == 1 => Some(sorted[middle]),
+        _ => Some((sorted[middle - 1] + sorted[middle]) / 2.0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_of_an_even_number_of_values_is_between_the_middle_ones() {
+        assert_eq!(median(&[4.0, 1.0, 3.0, 2.0]), Some(2.5));
+        assert_eq!(median(&[2.0, 9.0, 1.0]), Some(2.0));
+        assert_eq!(median(&[]), None);
+    }
+
+    #[test]
+    fn figures_are_found_in_what_sockperf_prints() {
+        let output = "sockperf: \x1b[2;35m====> avg-latency=31.700 (std-dev=1.0)\x1b[0m\n\
+                      sockperf: [Summary: Latency is 31.704 usec]\n\
+                      sockperf: ---> percentile 99.000 =   44.1\nsockperf: ---> percentile 50.000 =   30.2\n";
+        let got = parse_ping_pong(output).unwrap();
+        assert_eq!((got.mean_us, got.p50_us, got.p99_us), (31.704, 30.2, 44.1));
+    }
+}

@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: Apache-2.0
+//! One TCP connection that notices everything: lost, repeated or changed bytes, short writes, EINTR, unexpected
+//! EAGAIN, addresses or options that change.
+//!
+//! Server and client send each other frames of random sizes, as fast as they can, until the client has had enough.
+//! The client then sends its last frame, the server answers with its own, and only when both have come do the two
+//! sides shut the connection down: nothing is half closed while data flows. The last frame carries count and hash
+//! of all that was sent. Whatever is not as it should be ends the program with exit code 1 and a line that says what.
+//!
+//! Standard output has one JSON object a line: `listening`, `connected` and, at the very end, `done`.
+
+mod company;
+mod data;
+mod pings;
+mod socket;
+mod transfer;
+
+use std::{
+    io::Read,
+    net::SocketAddr,
+    os::fd::OwnedFd,
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    time::{Duration, Instant},
+};
+
+use clap::{Parser, ValueEnum};
+use serde_json::json;
+
+/// Ends the program: nothing can be trusted after a first wrong answer.
+macro_rules! fail {
+    ($($arg:tt)*) => {{
+        eprintln!("stream: {}", format_args!($($arg)*));
+        std::process::exit(1)
+    }};
+}
+pub(crate) use fail;
+
+/// Sends and receives checked data over one TCP connection.
+#[derive(Parser)]
+pub struct Options {
+    /// Listen here and serve one connection.
+    #[arg(long, required_unless_present = "client", conflicts_with = "client")]
+    server: Option<SocketAddr>,
+    /// Connect to this address; [::ffff:A.B.C.D]:PORT makes an IPv6 socket with mapped addresses.
+    #[arg(long)]
+    client: Option<SocketAddr>,
+    /// End after so many seconds (client).
+    #[arg(long, default_value_t = 1e9)]
+    seconds: f64,
+    /// End after so many bytes of payload sent, or so many pings (client).
+    #[arg(long, default_value_t = u64::MAX)]
+    bytes: u64,
+    /// End when standard input is closed (client).
+    #[arg(long)]
+    until_eof: bool,
+    /// How the socket is read and written. All but `blocking` use a non-blocking socket and one thread.
+    #[arg(long, value_enum, default_value_t = Io::Blocking)]
+    io: Io,
+    /// Threads in the process; those that do not use the socket sleep, wait and compute.
+    #[arg(long, default_value_t = 2)]
+    threads: usize,
+    /// Child processes that inherit the socket.
+    #[arg(long, default_value_t = 0)]
+    fork: usize,
+    /// One more child process does the reading (with `--io blocking`).
+    #[arg(long)]
+    fork_reader: bool,
+    /// Duplicates of the socket's descriptor; input and output alternate over all of them.
+    #[arg(long, default_value_t = 0)]
+    dup: usize,
+    /// The other side stays silent until it has received something.
+    #[arg(long, value_enum)]
+    speak_first: Option<Side>,
+    /// The server waits so long before it accepts.
+    #[arg(long, default_value_t = 0)]
+    accept_delay_ms: u64,
+    /// Ping-pong of 64 bytes instead of a stream; round trips are reported.
+    #[arg(long)]
+    pings: bool,
+    /// With `--pings`: a pause between two pings.
+    #[arg(long, default_value_t = 0)]
+    interval_us: u64,
+    /// One ping at the start, nothing, one ping at the end.
+    #[arg(long)]
+    idle: bool,
+    /// Look every 10 ms whether addresses, flags and options of the socket are what they were.
+    #[arg(long)]
+    names: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Io {
+    Blocking,
+    Poll,
+    Select,
+    Epoll,
+    EpollEt,
+    EpollOneshot,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+enum Side {
+    Server,
+    Client,
+}
+
+/// What threads and child processes have in common; lives in memory shared between the processes.
+#[derive(Default)]
+pub struct Shared {
+    /// No more new frames: send the last one.
+    pub ending: AtomicBool,
+    /// Both last frames have gone their way.
+    pub finished: AtomicBool,
+    pub received: AtomicU64,
+    pub received_digest: AtomicU64,
+    pub names_checked: AtomicU64,
+}
+
+/// When this side ends by itself: only the client does, the server follows it.
+pub struct End {
+    at: Option<Instant>,
+    pub bytes: u64,
+}
+
+impl End {
+    pub fn reached(&self, bytes: u64) -> bool {
+        bytes >= self.bytes || self.at.is_some_and(|at| Instant::now() >= at)
+    }
+}
+
+fn main() {
+    let options = Options::parse();
+    let (side, fd) = match (options.server, options.client) {
+        (Some(address), _) => {
+            let delay = Duration::from_millis(options.accept_delay_ms);
+            (Side::Server, socket::accept(address, delay, || say(json!({"event": "listening"}))))
+        }
+        (_, Some(address)) => (Side::Client, socket::connect(address, options.io != Io::Blocking)),
+        (None, None) => unreachable!("clap asks for one of the two"),
+    };
+    if options.io != Io::Blocking {
+        socket::set_nonblocking(&fd);
+    }
+    if options.names {
+        socket::set_options(&fd);
+    }
+    let before = socket::Looks::of(&fd);
+    say(json!({"event": "connected", "local": before.local.to_string(), "remote": before.remote.to_string()}));
+
+    let shared = company::shared_memory();
+    let started = Instant::now();
+    let last = Duration::try_from_secs_f64(options.seconds).ok().and_then(|last| started.checked_add(last));
+    let end = match side {
+        Side::Client => End { at: last, bytes: options.bytes },
+        Side::Server => End { at: None, bytes: u64::MAX },
+    };
+    let fds = socket::duplicates(fd, options.dup);
+    // Processes first: a child of a process with threads would have to be careful.
+    let holders = company::fork_holders(options.fork);
+    let reader = options.fork_reader.then(|| company::fork_reader(&fds, side == Side::Server, shared));
+    let company =
+        company::Threads::start(options.threads.saturating_sub(threads_in_use(options.io)), shared);
+    if options.until_eof && side == Side::Client && !options.idle {
+        std::thread::spawn(|| {
+            wait_for_eof();
+            shared.ending.store(true, Ordering::Relaxed);
+        });
+    }
+
+    let mut outcome = std::thread::scope(|scope| {
+        if options.names {
+            let fd = &fds[0];
+            let before = &before;
+            scope.spawn(move || socket::watch(fd, before, shared));
+        }
+        let outcome = if options.idle {
+            pings::idle(&fds, side == Side::Client, options.until_eof, &end)
+        } else if options.pings {
+            pings::run(&fds, side == Side::Client, &end, options.interval_us, shared)
+        } else {
+            let silent = options.speak_first.is_some_and(|first| first != side);
+            let job =
+                transfer::Job { fds: &fds, server: side == Side::Server, end, silent_until_spoken_to: silent, shared };
+            transfer::run(job, options.io, reader)
+        };
+        shared.finished.store(true, Ordering::Relaxed);
+        outcome
+    });
+    company.join();
+    socket::part(&fds[0]);
+    company::release(holders);
+
+    let seconds = started.elapsed().as_secs_f64();
+    outcome["event"] = "done".into();
+    outcome["seconds"] = seconds.into();
+    outcome["names_checked"] = shared.names_checked.load(Ordering::Relaxed).into();
+    say(outcome);
+}
+
+fn threads_in_use(io: Io) -> usize {
+    if io == Io::Blocking { 2 } else { 1 }
+}
+
+/// Standard input is a pipe that nobody writes to: a blocking read that ends when the other end is closed.
+pub fn wait_for_eof() {
+    let mut byte = [0];
+    match std::io::stdin().lock().read(&mut byte) {
+        Ok(_) => (),
+        Err(error) => fail!("reading standard input: {error}"),
+    }
+}
+
+fn say(line: serde_json::Value) {
+    println!("{line}");
+}
+
+/// The descriptors of the one socket; input and output take them in turn.
+pub type Fds = Vec<OwnedFd>;
