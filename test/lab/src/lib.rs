@@ -114,10 +114,19 @@ impl Lab {
         Ok(())
     }
 
-    /// Stops routers and forwarders.
+    /// Stops both forwarders with SIGTERM.
+    pub fn stop_forwarders(&self) -> Result<()> {
+        for host in self.hosts() {
+            let end = host.stop_forwarder()?;
+            anyhow::ensure!(end.success(), "the forwarder of {} ended with {}", host.name, end.status);
+        }
+        Ok(())
+    }
+
+    /// Stops routers, then forwarders.
     pub fn stop_everything(&self) -> Result<()> {
         self.stop_routers()?;
-        self.hosts().into_iter().try_for_each(|host| host.stop_forwarder().map(drop))
+        self.stop_forwarders()
     }
 }
 

@@ -23,13 +23,22 @@ pub struct RunningIperf3 {
 pub const IPERF3_PORT: u16 = 5201;
 
 impl RunningIperf3 {
-    /// Starts a server for one test, and a client once that listens.
+    /// Starts a server for one test, and a client once that listens. For [`RunningIperf3::finish`], the arguments
+    /// must ask for JSON.
     pub fn start(client: &Place, server: &Place, address: IpAddr, arguments: &[&str]) -> Result<RunningIperf3> {
-        let server = start_server(server, "iperf3-server", Command::new("iperf3").args(["-s", "-1"]), IPERF3_PORT)?;
         let mut command = Command::new("iperf3");
-        command.args(["-c", &address.to_string(), "--json", "-i", "1"]).args(arguments);
+        let server = start_server(server, "iperf3-server", command.args(["-s", "-1"]), IPERF3_PORT)?;
+        let mut command = Command::new("iperf3");
+        command.args(["-c", &address.to_string(), "-i", "1"]).args(arguments);
         let client = client.spawn("iperf3-client", &mut command)?;
         Ok(RunningIperf3 { server, client })
+    }
+
+    /// What the client printed for people.
+    pub fn finish_text(self) -> Result<String> {
+        let finished = self.client.wait(DEADLINE * 4)?.expect_success()?;
+        self.server.wait(DEADLINE)?.expect_success()?;
+        Ok(finished.stdout)
     }
 
     pub fn finish(self) -> Result<Iperf3> {
@@ -57,23 +66,23 @@ impl Iperf3 {
         of("sum_received") + of("sum_received_bidir_reverse")
     }
 
-    /// The rate of each second.
-    pub fn gbps_each_second(&self) -> Vec<f64> {
-        let intervals = self.json["intervals"].as_array().cloned().unwrap_or_default();
-        intervals
-            .iter()
-            .map(|interval| {
-                let of = |sum: &str| interval[sum]["bits_per_second"].as_f64().unwrap_or(0.0) / 1e9;
-                of("sum") + of("sum_bidir_reverse")
-            })
-            .collect()
-    }
-
     /// CPU time of both programs, in percent of one CPU.
     pub fn cpu_percent(&self) -> f64 {
         let cpu = &self.json["end"]["cpu_utilization_percent"];
         cpu["host_total"].as_f64().unwrap_or(0.0) + cpu["remote_total"].as_f64().unwrap_or(0.0)
     }
+}
+
+/// The rate of each second, in the text that iperf3 prints with `-f g` and one stream.
+pub fn gbps_each_second(text: &str) -> Vec<f64> {
+    // What follows the line of dashes is the summary.
+    let seconds = text.lines().take_while(|line| !line.starts_with("- - -"));
+    let rate = |line: &str| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let unit = words.iter().position(|word| *word == "Gbits/sec")?;
+        words.get(unit.checked_sub(1)?)?.parse().ok()
+    };
+    seconds.filter_map(rate).collect()
 }
 
 /// What sockperf says about a ping-pong, one way.
@@ -166,6 +175,16 @@ mod tests {
         assert_eq!(median(&[4.0, 1.0, 3.0, 2.0]), Some(2.5));
         assert_eq!(median(&[2.0, 9.0, 1.0]), Some(2.0));
         assert_eq!(median(&[]), None);
+    }
+
+    #[test]
+    fn rates_are_found_in_what_iperf3_prints() {
+        let output = "[ ID] Interval           Transfer     Bitrate         Retr  Cwnd\n\
+                      [  5]   0.00-1.00   sec  1.70 GBytes  14.6 Gbits/sec    0   3.05 MBytes\n\
+                      [  5]   1.00-2.00   sec  2.61 GBytes  22.4 Gbits/sec    1   3.05 MBytes\n\
+                      - - - - - - - - - - - - - - - - - - - - - - - - -\n\
+                      [  5]   0.00-2.00   sec  4.31 GBytes  18.5 Gbits/sec    1             sender\n";
+        assert_eq!(gbps_each_second(output), [14.6, 22.4]);
     }
 
     #[test]

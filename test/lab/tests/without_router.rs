@@ -3,9 +3,10 @@
 
 use std::{process::Command, time::Duration};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use lab::{
     DEADLINE, Family, Lab, program,
+    measure::{RunningIperf3, ping_pong},
     workload::{Stream, StreamOptions},
 };
 
@@ -87,5 +88,22 @@ fn a_program_that_connects_to_itself_passes() -> Result<()> {
     running.wait_until_it_says("connected", DEADLINE)?;
     running.close_stdin();
     running.wait(Duration::from_secs(5))?.expect_success()?;
+    Ok(())
+}
+
+#[test]
+fn iperf3_and_sockperf_give_figures() -> Result<()> {
+    let lab = Lab::new("plain-figures")?;
+    let (client, server) = (lab.h1.pod("client")?, lab.h2.pod("server")?);
+    let (client, server, address) = (client.place(), server.place(), server.v4.into());
+    for arguments in [["-t", "1", "-O", "1"], ["-t", "1", "--bidir", "-4"]] {
+        let iperf3 = RunningIperf3::start(client, server, address, &[&["--json"], &arguments[..]].concat())?;
+        let figures = iperf3.finish()?;
+        println!("{arguments:?}: {} Gbit/s, {} %", figures.gbps(), figures.cpu_percent());
+        ensure!(figures.gbps() > 0.1 && figures.cpu_percent() > 1.0);
+    }
+    let (figures, ()) = ping_pong(client, server, address, Duration::from_secs(1), || Ok(()))?;
+    println!("{figures:?}");
+    ensure!(figures.mean_us > 1.0 && figures.p99_us >= figures.p50_us);
     Ok(())
 }
