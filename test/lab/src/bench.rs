@@ -149,7 +149,10 @@ pub fn run(options: &Options) -> Result<()> {
     println!("written: {}, {}", json.display(), svg.display());
     setting.lab.stop_forwarders()?;
     ensure!(report.swaps() > 0, "no connection was swapped");
-    ensure!(report.live.swapped_at_s.is_some(), "the connection that was older than the routers was not swapped");
+    ensure!(
+        report.live.swapped_at_s.is_some(),
+        "the connection that was older than the routers was not swapped"
+    );
     Ok(())
 }
 

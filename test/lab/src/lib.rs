@@ -24,6 +24,7 @@ mod network;
 mod pod;
 mod process;
 mod program;
+mod scene;
 mod wait;
 
 pub mod measure;
@@ -40,6 +41,7 @@ pub use namespace::Namespace;
 pub use pod::{Family, Pod};
 pub use process::{Finished, Place, Process};
 pub use program::program;
+pub use scene::Scene;
 pub use wait::{DEADLINE, wait_for};
 
 use keeper::Keeper;

@@ -25,7 +25,12 @@ pub const IPERF3_PORT: u16 = 5201;
 impl RunningIperf3 {
     /// Starts a server for one test, and a client once that listens. For [`RunningIperf3::finish`], the arguments
     /// must ask for JSON.
-    pub fn start(client: &Place, server: &Place, address: IpAddr, arguments: &[&str]) -> Result<RunningIperf3> {
+    pub fn start(
+        client: &Place,
+        server: &Place,
+        address: IpAddr,
+        arguments: &[&str],
+    ) -> Result<RunningIperf3> {
         let mut command = Command::new("iperf3");
         let server = start_server(server, "iperf3-server", command.args(["-s", "-1"]), IPERF3_PORT)?;
         let mut command = Command::new("iperf3");
@@ -142,11 +147,16 @@ fn parse_ping_pong(output: &str) -> Result<PingPong> {
     // sockperf colours its lines; the figures stand after known words.
     let after = |words: &str| {
         let rest = output.split(words).nth(1)?;
-        let number: String =
-            rest.trim_start_matches([' ', '=']).chars().take_while(|c| c.is_ascii_digit() || *c == '.').collect();
+        let number: String = rest
+            .trim_start_matches([' ', '='])
+            .chars()
+            .take_while(|c| c.is_ascii_digit() || *c == '.')
+            .collect();
         number.parse::<f64>().ok()
     };
-    let figure = |words: &str| after(words).with_context(|| format!("no \"{words}\" in what sockperf printed:\n{output}"));
+    let figure = |words: &str| {
+        after(words).with_context(|| format!("no \"{words}\" in what sockperf printed:\n{output}"))
+    };
     Ok(PingPong {
         mean_us: figure("Latency is ")?,
         p50_us: figure("percentile 50.000")?,

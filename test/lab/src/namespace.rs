@@ -28,17 +28,14 @@ impl Namespace {
     pub fn mounts_with_bpffs(bpffs: &Path) -> Result<Namespace> {
         Namespace::make(CloneFlags::CLONE_NEWNS, "mnt", || {
             let none = None::<&str>;
-            mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).context("making / private")?;
+            mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
+                .context("making / private")?;
             mount(Some("bpf"), bpffs, Some("bpf"), MsFlags::empty(), none)
                 .with_context(|| format!("mounting a bpf file system at {}", bpffs.display()))
         })
     }
 
-    fn make(
-        kind: CloneFlags,
-        file: &str,
-        set_up: impl FnOnce() -> Result<()> + Send,
-    ) -> Result<Namespace> {
+    fn make(kind: CloneFlags, file: &str, set_up: impl FnOnce() -> Result<()> + Send) -> Result<Namespace> {
         on_a_thread(|| {
             unshare(kind).with_context(|| format!("unshare({kind:?}); are you root?"))?;
             set_up()?;

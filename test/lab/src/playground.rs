@@ -91,8 +91,10 @@ pub fn shell(place: &str, command: &[String]) -> Result<()> {
         let known: Vec<_> = state.places.keys().map(String::as_str).collect();
         bail!("no place {place} in the lab, only {}", known.join(", "));
     };
-    let mut entrance =
-        OpenOptions::new().write(true).open(door.cgroup.join("cgroup.procs")).context("the place's cgroup")?;
+    let mut entrance = OpenOptions::new()
+        .write(true)
+        .open(door.cgroup.join("cgroup.procs"))
+        .context("the place's cgroup")?;
     entrance.write_all(b"0").context("moving into the place's cgroup")?;
     let mut nsenter = Command::new("nsenter");
     nsenter.arg(format!("--net={}", door.network));

@@ -38,7 +38,8 @@ pub struct Place {
 impl Place {
     /// The command line with which a person gets in.
     pub fn line_to_enter(&self) -> String {
-        let mounts = self.mounts.as_ref().map(|mounts| format!(" --mount={}", mounts.path())).unwrap_or_default();
+        let mounts =
+            self.mounts.as_ref().map(|mounts| format!(" --mount={}", mounts.path())).unwrap_or_default();
         format!("nsenter --net={}{mounts}", self.network.path())
     }
 

@@ -38,7 +38,10 @@ impl Stream {
         let address = server.address(options.family.unwrap_or(Family::V4), port).to_string();
         let command = |role: &str, more: &str| -> Result<Command> {
             let mut command = Command::new(program("stream")?);
-            command.args([role, &address]).args(options.both.split_whitespace()).args(more.split_whitespace());
+            command
+                .args([role, &address])
+                .args(options.both.split_whitespace())
+                .args(more.split_whitespace());
             Ok(command)
         };
         let mut server =
@@ -68,7 +71,8 @@ impl Stream {
     /// As [`Stream::finish`], for a client that comes to its end by itself.
     pub fn end(self) -> Result<(Value, Value)> {
         let client = self.client.wait(DEADLINE).context("the client")?.expect_success()?.last_json()?;
-        let server = self.server.wait(Duration::from_secs(5)).context("the server")?.expect_success()?.last_json()?;
+        let server =
+            self.server.wait(Duration::from_secs(5)).context("the server")?.expect_success()?.last_json()?;
         for (sent, received) in [("sent", "received"), ("sent_digest", "received_digest")] {
             ensure!(client[sent] == server[received], "client {client}, server {server}");
             ensure!(client[received] == server[sent], "client {client}, server {server}");

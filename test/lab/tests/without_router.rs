@@ -5,8 +5,9 @@ use std::{process::Command, time::Duration};
 
 use anyhow::{Result, ensure};
 use lab::{
-    DEADLINE, Family, Lab, program,
+    DEADLINE, Family, Lab,
     measure::{RunningIperf3, ping_pong},
+    program,
     workload::{Stream, StreamOptions},
 };
 
@@ -29,14 +30,7 @@ fn every_way_to_read_and_write_passes() -> Result<()> {
     check(
         "plain-io",
         Family::V4,
-        &[
-            "--io blocking",
-            "--io poll",
-            "--io select",
-            "--io epoll",
-            "--io epoll-et",
-            "--io epoll-oneshot",
-        ],
+        &["--io blocking", "--io poll", "--io select", "--io epoll", "--io epoll-et", "--io epoll-oneshot"],
     )
 }
 
@@ -45,7 +39,13 @@ fn shared_sockets_pass() -> Result<()> {
     check(
         "plain-shared",
         Family::V4,
-        &["--threads 64", "--fork 4", "--fork 4 --fork-reader", "--dup 2", "--dup 2 --io epoll-oneshot --fork 2"],
+        &[
+            "--threads 64",
+            "--fork 4",
+            "--fork 4 --fork-reader",
+            "--dup 2",
+            "--dup 2 --io epoll-oneshot --fork 2",
+        ],
     )
 }
 
@@ -74,7 +74,11 @@ fn pings_and_a_late_server_pass() -> Result<()> {
         options.server = server_only.into();
         options.client = client_only.into();
         let stream = Stream::start(&client, &server, port, &options)?;
-        if both == "--idle" { stream.finish()? } else { stream.end()? };
+        if both == "--idle" {
+            stream.finish()?
+        } else {
+            stream.end()?
+        };
     }
     Ok(())
 }

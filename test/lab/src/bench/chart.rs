@@ -33,7 +33,11 @@ impl Area {
         let mut value = 0.0;
         while value <= self.max {
             let y = self.y(value);
-            writeln!(out, r##"<line x1="{LEFT}" y1="{y:.1}" x2="{}" y2="{y:.1}" stroke="#ddd"/>"##, WIDTH - RIGHT)?;
+            writeln!(
+                out,
+                r##"<line x1="{LEFT}" y1="{y:.1}" x2="{}" y2="{y:.1}" stroke="#ddd"/>"##,
+                WIDTH - RIGHT
+            )?;
             writeln!(out, r#"<text x="{}" y="{:.1}" text-anchor="end">{value}</text>"#, LEFT - 8.0, y + 4.0)?;
             value += step;
         }
@@ -111,7 +115,10 @@ fn bars(report: &Report, out: &mut String) -> std::fmt::Result {
                 colour(way)
             )?;
             let (x, y) = (x + (bar - 3.0) / 2.0, y - 5.0);
-            writeln!(out, r#"<text x="{x:.1}" y="{y:.1}" text-anchor="middle" font-size="12">{gbps:.1}</text>"#)?;
+            writeln!(
+                out,
+                r#"<text x="{x:.1}" y="{y:.1}" text-anchor="middle" font-size="12">{gbps:.1}</text>"#
+            )?;
         }
         let (x, y) = (start + group / 2.0, area.top + area.height + 20.0);
         writeln!(out, r#"<text x="{x:.1}" y="{y:.1}" text-anchor="middle">{kind}</text>"#)?;

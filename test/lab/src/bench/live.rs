@@ -28,7 +28,8 @@ pub struct Live {
 pub fn measure(setting: &Setting, log: &Path) -> Result<Live> {
     let (client, server) = (setting.client.place(), setting.server.place());
     let seconds = SECONDS.to_string();
-    let running = RunningIperf3::start(client, server, setting.server.v4.into(), &["-t", &seconds, "-f", "g"])?;
+    let running =
+        RunningIperf3::start(client, server, setting.server.v4.into(), &["-t", &seconds, "-f", "g"])?;
     let started = Instant::now();
     // This is no wait for something to happen: it is the experiment.
     std::thread::sleep(ROUTERS_AFTER);
@@ -37,8 +38,10 @@ pub fn measure(setting: &Setting, log: &Path) -> Result<Live> {
     // iperf3's control connection sends next to nothing.
     let swapped = wait_for("the swap of a connection older than the routers", left, || {
         let flows = setting.lab.h1.flows()?;
-        let moved: Vec<_> = flows.iter().filter(|flow| flow.has_port(IPERF3_PORT) && flow.on_host()).collect();
-        Ok((moved.len() >= 2).then(|| (started.elapsed(), moved.iter().filter_map(|flow| flow.pause_us).max())))
+        let moved: Vec<_> =
+            flows.iter().filter(|flow| flow.has_port(IPERF3_PORT) && flow.on_host()).collect();
+        Ok((moved.len() >= 2)
+            .then(|| (started.elapsed(), moved.iter().filter_map(|flow| flow.pause_us).max())))
     });
     let text = running.finish_text()?;
     std::fs::write(log, &text)?;

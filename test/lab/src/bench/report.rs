@@ -58,7 +58,9 @@ impl Report {
         for row in &self.throughput {
             let ratio = row.gbps / self.gbps(row.kind, Way::Host);
             let (swapped, pause) = match row.way {
-                Way::Router => (format!("{}/{}", row.swapped, row.connections), text_us(median(&row.pauses_us))),
+                Way::Router => {
+                    (format!("{}/{}", row.swapped, row.connections), text_us(median(&row.pauses_us)))
+                }
                 Way::Overlay | Way::Host => (String::new(), String::new()),
             };
             let kind = if row.way == Way::Overlay { row.kind } else { "" };
@@ -100,7 +102,11 @@ impl Report {
         writeln!(out, "\niperf3 first, the routers 3 s later; iperf3's own rates:")?;
         for (second, gbps) in self.live.gbps.iter().enumerate() {
             let swapped = self.live.swapped_at_s.is_some_and(|at| at as usize == second);
-            let mark = if swapped { format!("  <- swapped, pause {}", text_us(self.live.pause_us)) } else { String::new() };
+            let mark = if swapped {
+                format!("  <- swapped, pause {}", text_us(self.live.pause_us))
+            } else {
+                String::new()
+            };
             writeln!(out, "  {second:>2}-{:<2} s {gbps:>6.1} Gbit/s{mark}", second + 1)?;
         }
         Ok(out)

@@ -68,8 +68,7 @@ fn once(
         let mut all = vec!["--json", "-t", &time, "-O", &omitted];
         all.extend(arguments);
         let running = RunningIperf3::start(run.client, run.server, run.address, &all)?;
-        let pauses =
-            run.watch_swaps(IPERF3_PORT, streams + 1, Duration::from_secs(u64::from(OMITTED)))?;
+        let pauses = run.watch_swaps(IPERF3_PORT, streams + 1, Duration::from_secs(u64::from(OMITTED)))?;
         let finished = running.finish()?;
         Ok((finished.gbps(), finished.cpu_percent(), pauses))
     })

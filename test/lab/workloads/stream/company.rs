@@ -183,7 +183,8 @@ fn wait_on_futex(time: Option<Duration>) {
 fn epoll() {
     static SETUP: OnceLock<(Epoll, EventFd)> = OnceLock::new();
     let (epoll, _never) = SETUP.get_or_init(|| {
-        let epoll = Epoll::new(EpollCreateFlags::empty()).unwrap_or_else(|error| fail!("epoll_create1: {error}"));
+        let epoll =
+            Epoll::new(EpollCreateFlags::empty()).unwrap_or_else(|error| fail!("epoll_create1: {error}"));
         let event = EventFd::new().unwrap_or_else(|error| fail!("eventfd: {error}"));
         epoll
             .add(event.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, 0))

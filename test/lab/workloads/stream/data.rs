@@ -161,7 +161,10 @@ impl Sink {
     fn begin(&mut self) -> Result<(), String> {
         let length = u32::from_le_bytes([self.head[0], self.head[1], self.head[2], self.head[3]]) as usize;
         if length > LONGEST {
-            return Err(format!("after {} bytes: frame of {length} bytes, at most {LONGEST} expected", self.total));
+            return Err(format!(
+                "after {} bytes: frame of {length} bytes, at most {LONGEST} expected",
+                self.total
+            ));
         }
         if length > 0 {
             self.digest.update(&self.head);
@@ -189,7 +192,9 @@ impl Sink {
 
     fn end(&mut self) -> Result<(), String> {
         let number = |at: usize| {
-            u64::from_le_bytes(self.head[at..at + 8].try_into().unwrap_or_else(|_| unreachable!("eight bytes")))
+            u64::from_le_bytes(
+                self.head[at..at + 8].try_into().unwrap_or_else(|_| unreachable!("eight bytes")),
+            )
         };
         let (total, digest) = (number(4), number(12));
         if total != self.total || digest != self.digest.digest() {

@@ -86,6 +86,17 @@ pub struct Options {
     /// Look every 10 ms whether addresses, flags and options of the socket are what they were.
     #[arg(long)]
     names: bool,
+    /// Something about the socket that must keep it where it is.
+    #[arg(long, value_enum)]
+    odd: Option<Odd>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Odd {
+    /// A reference to it is on its way through a Unix socket.
+    InFlight,
+    /// A BPF filter is attached to it.
+    Filter,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
@@ -144,8 +155,12 @@ fn main() {
     if options.names {
         socket::set_options(&fd);
     }
+    // Kept to the end: closing it would take the reference away.
+    let _unix_sockets = options.odd.map(|odd| socket::make_odd(&fd, odd));
     let before = socket::Looks::of(&fd);
-    say(json!({"event": "connected", "local": before.local.to_string(), "remote": before.remote.to_string()}));
+    say(
+        json!({"event": "connected", "local": before.local.to_string(), "remote": before.remote.to_string()}),
+    );
 
     let shared = company::shared_memory();
     let started = Instant::now();
@@ -158,8 +173,7 @@ fn main() {
     // Processes first: a child of a process with threads would have to be careful.
     let holders = company::fork_holders(options.fork);
     let reader = options.fork_reader.then(|| company::fork_reader(&fds, side == Side::Server, shared));
-    let company =
-        company::Threads::start(options.threads.saturating_sub(threads_in_use(options.io)), shared);
+    let company = company::Threads::start(options.threads.saturating_sub(threads_in_use(options.io)), shared);
     if options.until_eof && side == Side::Client && !options.idle {
         std::thread::spawn(|| {
             wait_for_eof();
@@ -179,8 +193,13 @@ fn main() {
             pings::run(&fds, side == Side::Client, &end, options.interval_us, shared)
         } else {
             let silent = options.speak_first.is_some_and(|first| first != side);
-            let job =
-                transfer::Job { fds: &fds, server: side == Side::Server, end, silent_until_spoken_to: silent, shared };
+            let job = transfer::Job {
+                fds: &fds,
+                server: side == Side::Server,
+                end,
+                silent_until_spoken_to: silent,
+                shared,
+            };
             transfer::run(job, options.io, reader)
         };
         shared.finished.store(true, Ordering::Relaxed);
@@ -205,8 +224,8 @@ fn threads_in_use(io: Io) -> usize {
 pub fn wait_for_eof() {
     let mut byte = [0];
     match std::io::stdin().lock().read(&mut byte) {
-        Ok(_) => (),
-        Err(error) => fail!("reading standard input: {error}"),
+        Ok(0) => (),
+        other => fail!("the end of standard input expected, {other:?} received"),
     }
 }
 

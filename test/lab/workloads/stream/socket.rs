@@ -2,8 +2,12 @@
 //! System calls on the socket. Everything that a careful program could notice is noticed here.
 
 use std::{
+    io::IoSlice,
     net::{SocketAddr, TcpListener, TcpStream},
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
+        unix::net::UnixStream,
+    },
     sync::atomic::Ordering,
     time::Duration,
 };
@@ -13,15 +17,16 @@ use nix::{
     fcntl::{FcntlArg, fcntl},
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::socket::{
-        AddressFamily, Shutdown, SockFlag, SockType, SockaddrStorage, connect as connect_fd, getsockopt,
-        setsockopt, shutdown, socket, sockopt,
+        AddressFamily, ControlMessage, MsgFlags, Shutdown, SockFlag, SockType, SockaddrStorage,
+        connect as connect_fd, getsockopt, sendmsg, setsockopt, shutdown, socket, sockopt,
     },
 };
 
-use crate::{Fds, Shared, fail};
+use crate::{Fds, Odd, Shared, fail};
 
 pub fn accept(address: SocketAddr, delay: Duration, listening: impl FnOnce()) -> OwnedFd {
-    let listener = TcpListener::bind(address).unwrap_or_else(|error| fail!("listening on {address}: {error}"));
+    let listener =
+        TcpListener::bind(address).unwrap_or_else(|error| fail!("listening on {address}: {error}"));
     listening();
     if !delay.is_zero() {
         std::thread::sleep(delay);
@@ -34,7 +39,9 @@ pub fn accept(address: SocketAddr, delay: Duration, listening: impl FnOnce()) ->
 
 pub fn connect(address: SocketAddr, nonblocking: bool) -> OwnedFd {
     if !nonblocking {
-        return TcpStream::connect(address).unwrap_or_else(|error| fail!("connecting to {address}: {error}")).into();
+        return TcpStream::connect(address)
+            .unwrap_or_else(|error| fail!("connecting to {address}: {error}"))
+            .into();
     }
     let family = if address.is_ipv6() { AddressFamily::Inet6 } else { AddressFamily::Inet };
     let fd = socket(family, SockType::Stream, SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC, None)
@@ -191,6 +198,35 @@ pub fn set_options(fd: &OwnedFd) {
     set("TCP_KEEPIDLE", setsockopt(fd, sockopt::TcpKeepIdle, &77));
     set("TCP_USER_TIMEOUT", setsockopt(fd, sockopt::TcpUserTimeout, &45_000));
     set("SO_PRIORITY", setsockopt(fd, sockopt::Priority, &4));
+}
+
+/// Returns what must stay open for the oddity to last.
+pub fn make_odd(fd: &OwnedFd, odd: Odd) -> Option<(UnixStream, UnixStream)> {
+    match odd {
+        Odd::InFlight => {
+            let (from, to) = UnixStream::pair().unwrap_or_else(|error| fail!("socketpair: {error}"));
+            let fds = [fd.as_raw_fd()];
+            let rights = [ControlMessage::ScmRights(&fds)];
+            sendmsg::<()>(from.as_raw_fd(), &[IoSlice::new(b"x")], &rights, MsgFlags::empty(), None)
+                .unwrap_or_else(|error| fail!("sendmsg: {error}"));
+            Some((from, to))
+        }
+        Odd::Filter => {
+            // BPF_RET | BPF_K: let every packet through.
+            let mut code = [libc::sock_filter { code: 0x06, jt: 0, jf: 0, k: u32::MAX }];
+            let filter = libc::sock_fprog { len: 1, filter: code.as_mut_ptr() };
+            let length = size_of::<libc::sock_fprog>() as libc::socklen_t;
+            let (level, option) = (libc::SOL_SOCKET, libc::SO_ATTACH_FILTER);
+            // SAFETY: the filter and its one instruction live through the call.
+            let result = unsafe {
+                libc::setsockopt(fd.as_raw_fd(), level, option, (&raw const filter).cast(), length)
+            };
+            if result != 0 {
+                fail!("SO_ATTACH_FILTER: {}", Errno::last());
+            }
+            None
+        }
+    }
 }
 
 /// Every 10 ms, until the work is done: the socket looks as it did.

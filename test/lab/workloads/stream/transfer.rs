@@ -36,6 +36,10 @@ impl Job<'_> {
     fn ending(&self, sent: u64) -> bool {
         self.shared.ending.load(Ordering::Relaxed) || self.end.reached(sent)
     }
+
+    fn may_speak(&self, receiver: &Receiver<'_>) -> bool {
+        !self.silent_until_spoken_to || receiver.sink.total > 0
+    }
 }
 
 /// Runs to the last frame of both directions.
@@ -92,8 +96,7 @@ fn by_readiness(job: &Job<'_>, source: &mut Source, io: Io) {
     let mut waiter = Waiter::new(io, job.fds);
     let mut sent_all = false;
     while !(sent_all && receiver.sink.ended) {
-        let may_write = !sent_all && !(job.silent_until_spoken_to && receiver.sink.total == 0);
-        let ready = waiter.wait(!receiver.sink.ended, may_write);
+        let ready = waiter.wait(!receiver.sink.ended, !sent_all && job.may_speak(&receiver));
         loop {
             let mut progress = false;
             if ready.read && !receiver.sink.ended {
@@ -103,8 +106,7 @@ fn by_readiness(job: &Job<'_>, source: &mut Source, io: Io) {
                     progress = true;
                 }
             }
-            let may_write = !sent_all && !(job.silent_until_spoken_to && receiver.sink.total == 0);
-            if ready.write && may_write {
+            if ready.write && !sent_all && job.may_speak(&receiver) {
                 let ending = job.ending(source.total);
                 match source.pending(ending) {
                     None => sent_all = true,
@@ -198,8 +200,8 @@ impl<'a> Waiter<'a> {
             Io::Poll => Waiter::Poll(fds),
             Io::Select => Waiter::Select(fds),
             Io::Epoll | Io::EpollEt | Io::EpollOneshot => {
-                let epoll =
-                    Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).unwrap_or_else(|error| fail!("epoll_create1: {error}"));
+                let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)
+                    .unwrap_or_else(|error| fail!("epoll_create1: {error}"));
                 let asked = match io {
                     Io::EpollEt => EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLET,
                     _ => EpollFlags::EPOLLONESHOT,

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A setting that cannot work ends the router with exit code 1 and one clear line.
+
+use std::{process::Command, time::Duration};
+
+use anyhow::{Result, ensure};
+use lab::{Finished, Lab, RouterOptions, program};
+
+/// Starts a router on h1 that must not stay, and looks for `words` in its one line.
+fn check(test: &str, options: impl FnOnce(&Lab) -> Result<RouterOptions>, words: &[&str]) -> Result<()> {
+    let lab = Lab::new(test)?;
+    lab.h1.start_forwarder()?;
+    let router = lab.h1.spawn_router(&options(&lab)?)?;
+    check_one_error(&router.wait(Duration::from_secs(15))?, words)
+}
+
+fn check_one_error(end: &Finished, words: &[&str]) -> Result<()> {
+    ensure!(end.status.code() == Some(1), "{end:?}");
+    let errors: Vec<_> = end.stderr.lines().filter(|line| line.to_lowercase().contains("error")).collect();
+    ensure!(errors.len() == 1, "one line with an error expected: {}", end.stderr);
+    for word in words {
+        ensure!(errors[0].contains(word), "\"{word}\" expected in: {}", errors[0]);
+    }
+    Ok(())
+}
+
+#[test]
+fn an_overlay_interface_that_does_not_exist_is_named() -> Result<()> {
+    check("no-overlay-if", |_| Ok(RouterOptions::default().with("OVERLAY_IF", "vxlan77")), &["vxlan77"])
+}
+
+#[test]
+fn a_host_interface_that_does_not_exist_is_named() -> Result<()> {
+    check("no-host-if", |_| Ok(RouterOptions::default().with("HOST_IF", "eth77")), &["eth77"])
+}
+
+#[test]
+fn a_bad_rule_is_named_with_file_and_line() -> Result<()> {
+    let rules = |lab: &Lab| {
+        let bad = "type=cidr\nname=broken\nfrom=10.244.0.0/99\nto=10.244.0.0/16\n";
+        Ok(RouterOptions::with_rules(&lab.h1.write_rules("broken", bad)?))
+    };
+    check("bad-rule", rules, &["broken:3", "10.244.0.0/99"])
+}
+
+#[test]
+fn rules_that_do_not_exist_are_named() -> Result<()> {
+    check("no-rules", |_| Ok(RouterOptions::with_rules("/does/not/exist".as_ref())), &["/does/not/exist"])
+}
+
+#[test]
+fn a_port_in_use_is_named() -> Result<()> {
+    let lab = Lab::new("port-in-use")?;
+    lab.h1.start_forwarder()?;
+    lab.h1.start_router(&RouterOptions::default())?;
+    let control = lab.h1.place().directory.join("second.sock");
+    let second = RouterOptions::default().with("ROUTER_CONTROL", &control.to_string_lossy());
+    check_one_error(&lab.h1.spawn_router(&second)?.wait(Duration::from_secs(15))?, &["1234"])
+}
+
+/// Starts a program of h1 without a capability; `sys_admin` stands for many and would stand in for it.
+fn without_capability(lab: &Lab, capability: &str, name: &str, arguments: &[&str]) -> Result<Finished> {
+    let mut command = Command::new("setpriv");
+    let lost = format!("-{capability},-sys_admin");
+    command.args(["--bounding-set", &lost, "--inh-caps", &lost]);
+    command.arg(program(name)?).args(arguments).envs(lab.h1.environment());
+    lab.h1.place().spawn(&format!("{name}-without-{capability}"), &mut command)?.wait(Duration::from_secs(15))
+}
+
+#[test]
+fn a_router_without_cap_bpf_says_so() -> Result<()> {
+    let lab = Lab::new("no-cap-bpf")?;
+    lab.h1.start_forwarder()?;
+    check_one_error(&without_capability(&lab, "bpf", "router", &["run"])?, &["CAP_BPF"])
+}
+
+#[test]
+fn a_forwarder_without_cap_sys_ptrace_says_so() -> Result<()> {
+    let lab = Lab::new("no-cap-ptrace")?;
+    let socket = lab.h1.place().directory.join("forwarder.sock");
+    let end = without_capability(&lab, "sys_ptrace", "forwarder", &["--socket", &socket.to_string_lossy()])?;
+    check_one_error(&end, &["CAP_SYS_PTRACE"])
+}
+
+#[test]
+fn check_finds_a_good_host_good() -> Result<()> {
+    let lab = Lab::new("check")?;
+    lab.h1.start_forwarder()?;
+    lab.h1.ask(&["check"]).map(drop)
+}
+
+#[test]
+fn a_command_without_a_running_router_says_so() -> Result<()> {
+    let lab = Lab::new("no-router")?;
+    let Err(error) = lab.h1.ask(&["status"]) else { anyhow::bail!("status succeeded without a router") };
+    ensure!(format!("{error:#}").contains("router.sock"), "{error:#}");
+    Ok(())
+}
