@@ -102,12 +102,10 @@ static __always_inline void count(__u32 counter)
 }
 
 /* Is the current task one of this host's containers, and not the router? Not to be asked in softirq. */
-static __always_inline int in_scope(__u32 own_calls)
+static __always_inline int in_scope(void)
 {
-	if (bpf_get_current_pid_tgid() >> 32 == own_tgid) {
-		count(own_calls);
+	if (bpf_get_current_pid_tgid() >> 32 == own_tgid)
 		return 0;
-	}
 	return bpf_get_current_ancestor_cgroup_id(scope_level) == scope_cgroup_id;
 }
 
@@ -126,6 +124,7 @@ static __always_inline struct sock *sock_of(__u32 fd, __u64 *inode)
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
 	struct fdtable *table = BPF_CORE_READ(task, files, fdt);
 	struct file **slots, *file = 0;
+	struct socket *socket;
 	struct sock *sk;
 
 	if (fd >= BPF_CORE_READ(table, max_fds))
@@ -135,7 +134,8 @@ static __always_inline struct sock *sock_of(__u32 fd, __u64 *inode)
 	/* Another thread may have put something else under the descriptor since the call. */
 	if (!file || (BPF_CORE_READ(file, f_inode, i_mode) & S_IFMT) != S_IFSOCK)
 		return 0;
-	sk = BPF_CORE_READ((struct socket *)BPF_CORE_READ(file, private_data), sk);
+	socket = BPF_CORE_READ(file, private_data);
+	sk = BPF_CORE_READ(socket, sk);
 	if (!sk || !is_tcp(sk))
 		return 0;
 	*inode = BPF_CORE_READ(file, f_inode, i_ino);
@@ -255,13 +255,13 @@ static __always_inline int accept_returned(int fd)
 SEC("fexit/__sys_connect")
 int BPF_PROG(connect_fexit, int fd, void *address, int length, int ret)
 {
-	return in_scope(COUNTER_OWN_CONNECTS) ? connect_returned(fd) : 0;
+	return in_scope() ? connect_returned(fd) : 0;
 }
 
 SEC("fexit/__sys_accept4")
 int BPF_PROG(accept_fexit, int fd, void *address, void *length, int flags, int ret)
 {
-	return in_scope(COUNTER_OWN_ACCEPTS) ? accept_returned(ret) : 0;
+	return in_scope() ? accept_returned(ret) : 0;
 }
 
 /* The second set. */
@@ -272,7 +272,7 @@ int connect_enter(struct trace_event_raw_sys_enter *ctx)
 	__u64 thread = bpf_get_current_pid_tgid();
 	__u32 fd = ctx->args[0];
 
-	if (in_scope(COUNTER_OWN_CONNECTS) && bpf_map_update_elem(&calls, &thread, &fd, BPF_ANY))
+	if (in_scope() && bpf_map_update_elem(&calls, &thread, &fd, BPF_ANY))
 		count(COUNTER_CALLS_FULL);
 	return 0;
 }
@@ -294,13 +294,13 @@ int connect_exit(struct trace_event_raw_sys_exit *ctx)
 SEC("tracepoint/syscalls/sys_exit_accept")
 int accept_exit(struct trace_event_raw_sys_exit *ctx)
 {
-	return in_scope(COUNTER_OWN_ACCEPTS) ? accept_returned(ctx->ret) : 0;
+	return in_scope() ? accept_returned(ctx->ret) : 0;
 }
 
 SEC("tracepoint/syscalls/sys_exit_accept4")
 int accept4_exit(struct trace_event_raw_sys_exit *ctx)
 {
-	return in_scope(COUNTER_OWN_ACCEPTS) ? accept_returned(ctx->ret) : 0;
+	return in_scope() ? accept_returned(ctx->ret) : 0;
 }
 
 /* With either set. */
@@ -319,7 +319,7 @@ static __always_inline void host_socket_closed(const struct sock *sk)
 	}
 	event->kind = EVENT_HOST_SOCKET_CLOSED;
 	event->padding = 0;
-	event->conn = identity->conn;
+	event->swap = identity->swap;
 	bpf_ringbuf_submit(event, 0);
 }
 
@@ -336,7 +336,7 @@ int BPF_PROG(state_changes, const struct sock *sk, const int from, const int to)
 	if (from == TCP_ESTABLISHED)
 		host_socket_closed(sk);
 	if (to == TCP_SYN_SENT) {
-		if (is_tcp(sk) && in_scope(COUNTER_OWN_CONNECTS))
+		if (is_tcp(sk) && in_scope())
 			attempt_begins(sk);
 	} else if (to == TCP_ESTABLISHED) {
 		attempt = bpf_map_lookup_elem(&connecting, &key);

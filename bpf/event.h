@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
-/* What crosses from BPF to Rust. The skeletons make the Rust types of these; src/trace/record.rs pins their layout. */
+/* What crosses from BPF to Rust. The skeletons make the Rust types of these; src/trace/tests.rs pins their layout. */
 #ifndef EVENT_H
 #define EVENT_H
 
@@ -33,15 +33,13 @@ struct connection_event {
 struct closed_event {
 	__u32 kind;
 	__u32 padding;
-	__u64 conn;
+	__u64 swap; /* of its identity */
 };
 
 /* Keys of the map `counters`. */
 #define COUNTER_RING_FULL 0       /* records lost because the ring was full */
 #define COUNTER_CONNECTING_FULL 1 /* connects lost because the map `connecting` was full */
 #define COUNTER_CALLS_FULL 2      /* connects lost because the map `calls` was full */
-#define COUNTER_OWN_CONNECTS 3    /* connects of the router itself: they prove that the programs run */
-#define COUNTER_OWN_ACCEPTS 4     /* accepts of the router itself, likewise */
-#define COUNTERS 5
+#define COUNTERS 3
 
 #endif

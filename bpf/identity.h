@@ -8,7 +8,7 @@
  * Ports are in network order.
  */
 struct identity {
-	__u64 conn;
+	__u64 swap; /* the swap that installed the socket, so that the end of an earlier one is not taken for its */
 	__u8 local[16];
 	__u8 remote[16];
 	__u16 local_port;

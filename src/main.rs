@@ -1,1 +1,152 @@
-fn main() {}
+// SPDX-License-Identifier: Apache-2.0
+//! The router: sees the connections of this host's containers, agrees with the peer routers on which of them move
+//! off the overlay, and tells the forwarder to move them. It faces the network, so it never touches a process.
+
+mod bytes;
+mod check;
+mod commands;
+mod control;
+mod coordinator;
+mod forwarder;
+mod identity;
+mod peers;
+mod rules;
+mod settings;
+mod trace;
+mod workload;
+
+use std::{net::IpAddr, process::ExitCode};
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+use tokio::sync::mpsc;
+
+use control::ControlSocket;
+use coordinator::{Inlets, Lookup, Parts};
+use identity::Identity;
+use peers::{Interfaces, Peers};
+use rules::RuleSet;
+use settings::{Arguments, Command, Settings};
+use trace::{Scope, TraceEvent, Tracer};
+use workload::StaticWorkloads;
+
+/// Events of tracing that may wait; more are lost, counted.
+const TRACED: usize = 16384;
+const WISHES: usize = 64;
+
+fn main() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            let _ = error.print();
+            return if error.use_stderr() { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+        }
+    };
+    match obey(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn obey(arguments: Arguments) -> Result<()> {
+    match arguments.command.unwrap_or(Command::Run(arguments.run)) {
+        Command::Run(settings) => start(settings, run),
+        Command::Check(settings) => start(settings, check),
+        Command::Trace(settings) => start(settings, print_traced),
+        Command::Status(question) => commands::status(&question),
+        Command::Flows(question) => commands::flows(&question),
+        Command::Swap { conn, control } => commands::swap(conn.0, &control.path),
+        Command::SwapBack { conn, control, .. } => commands::swap_back(conn, &control.path),
+    }
+}
+
+fn start<F: Future<Output = Result<()>>>(settings: Settings, what: impl FnOnce(Settings) -> F) -> Result<()> {
+    env_logger::Builder::new()
+        .filter_level(settings.log_level)
+        .filter_module("netlink", log::LevelFilter::Off)
+        .init();
+    // What libbpf prints explains our own errors, and is expected where fexit programs are tried in vain.
+    libbpf_rs::set_print(Some((libbpf_rs::PrintLevel::Debug, |_, text| log::debug!("{}", text.trim_end()))));
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(what(settings))
+}
+
+async fn run(settings: Settings) -> Result<()> {
+    if let Some(obstacle) = check::obstacle(&check::judge(&check::probe(&settings).await)) {
+        bail!("{obstacle}");
+    }
+    let rules = RuleSet::load(&settings.rules)?;
+    let workloads = match &settings.labels {
+        Some(path) => StaticWorkloads::load(path)?,
+        None => StaticWorkloads::default(),
+    };
+    let netlink = peers::netlink()?;
+    let interfaces = Interfaces::find(&netlink, &settings.overlay_if, &settings.host_if).await?;
+    let IpAddr::V4(host_address) = interfaces.host_address else { bail!("HOST_IF has no IPv4 address") };
+    let peers = Peers::load(settings.peers.as_deref(), netlink.clone(), interfaces.overlay_index)?;
+    let listener = coordinator::listen(settings.router_port).with_context(|| {
+        format!("ROUTER_PORT={}: cannot be listened on; is another router running?", settings.router_port)
+    })?;
+    let control = ControlSocket::open(&settings.control)?;
+    let scope_path = settings.scope()?;
+    let scope = Scope::of(&scope_path)?;
+    let identity = Identity::attach(&scope_path, &settings.pins)?;
+    let (traced, from_trace) = mpsc::channel(TRACED);
+    let tracer = Tracer::start(&scope, &identity, traced)?;
+    let (wishes, from_control) = mpsc::channel(WISHES);
+    log::info!(
+        "tracing by {} in {}, {} rules, routers on port {}, commands at {}",
+        tracer.mode(),
+        scope_path.display(),
+        rules.len(),
+        settings.router_port,
+        settings.control.display()
+    );
+    let lookup = Lookup::new(netlink, interfaces, peers, Box::new(workloads), rules)?;
+    let serving = tokio::spawn(control.serve(wishes));
+    let parts = Parts { settings, host_address, lookup, identity, scope, tracer };
+    let inlets = Inlets { traced: from_trace, peers: listener, wishes: from_control };
+    let result = coordinator::run(parts, inlets).await;
+    // Its socket goes with it.
+    serving.abort();
+    let _ = serving.await;
+    result
+}
+
+async fn check(settings: Settings) -> Result<()> {
+    let lines = check::judge(&check::probe(&settings).await);
+    for line in &lines {
+        println!("{line}");
+    }
+    match check::obstacle(&lines) {
+        None => Ok(()),
+        Some(_) => bail!("the router cannot run on this host as it is"),
+    }
+}
+
+async fn print_traced(settings: Settings) -> Result<()> {
+    let scope_path = settings.scope()?;
+    let scope = Scope::of(&scope_path)?;
+    let identity = Identity::attach(&scope_path, &settings.pins)?;
+    let (traced, mut from_trace) = mpsc::channel(TRACED);
+    let tracer = Tracer::start(&scope, &identity, traced)?;
+    log::info!("tracing by {} in {}", tracer.mode(), scope_path.display());
+    let interrupted = tokio::signal::ctrl_c();
+    tokio::pin!(interrupted);
+    loop {
+        tokio::select! {
+            Some(event) = from_trace.recv() => if let TraceEvent::Connection(seen) = event {
+                println!(
+                    "{} {} - {} by {} (process {}, fd {}, {})",
+                    if seen.side == trace::Side::Client { "connect" } else { "accept " },
+                    seen.local, seen.remote, seen.comm, seen.tgid, seen.fd, seen.socket.0,
+                );
+            },
+            _ = &mut interrupted => break,
+        }
+    }
+    identity.unpin().with_context(|| format!("{}", settings.pins.display()))
+}

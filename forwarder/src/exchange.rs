@@ -158,7 +158,11 @@ impl Armed {
         let sockets: Vec<BorrowedFd<'_>> = pairs.iter().map(|pair| pair.new).collect();
         let carried: Vec<Carried<'_>> = carried
             .iter()
-            .map(|(socket, file)| Carried { file: file.as_fd(), length: pairs[*socket].carry.len(), socket: *socket })
+            .map(|(socket, file)| Carried {
+                file: file.as_fd(),
+                length: pairs[*socket].carry.len(),
+                socket: *socket,
+            })
             .collect();
         let lend = Lend { sockets: &sockets, carried: &carried };
 

@@ -21,10 +21,17 @@ use std::{
     os::unix::{fs::PermissionsExt, net::UnixListener},
     path::{Path, PathBuf},
     process::ExitCode,
+    sync::Arc,
 };
 
 use anyhow::{Context, Result, bail};
+use caps::{CapSet, Capability};
 use clap::Parser;
+use nix::sys::signal::{SigSet, Signal};
+
+/// To make sockets as carried over, to stop and change processes, to reach into their namespaces, and to look at sockets.
+const CAPABILITIES: [Capability; 4] =
+    [Capability::CAP_NET_ADMIN, Capability::CAP_SYS_PTRACE, Capability::CAP_SYS_ADMIN, Capability::CAP_BPF];
 
 /// Stops processes, takes sockets out of them and puts sockets into them, as a router tells it.
 #[derive(Parser)]
@@ -74,11 +81,26 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> Result<()> {
     env_logger::Builder::new().filter_level(arguments.log_level).init();
     probe()?;
+    // Before the first thread, so that all inherit it: a stop must not come while a process is frozen.
+    let mut stop = SigSet::empty();
+    stop.add(Signal::SIGTERM);
+    stop.add(Signal::SIGINT);
+    stop.thread_block().context("signals cannot be blocked")?;
     let programs = inspect::Programs::load()?;
     let site = site::Site::new(programs).context("no epoll set")?;
     let listener = listen(&arguments.socket)?;
     log::info!("listening on {}", arguments.socket.display());
-    server::serve(&site, &listener).context("serving routers")
+    let serving = Arc::clone(&site);
+    std::thread::Builder::new().name("serve".into()).spawn(move || {
+        let error = server::serve(&serving, &listener);
+        log::error!("no router can be served any more: {error:?}");
+        std::process::exit(1);
+    })?;
+    let signal = stop.wait().context("waiting for signals")?;
+    let parked = site.close();
+    log::info!("{signal}: stopping; {parked} swapped connections have no way back any more");
+    std::fs::remove_file(&arguments.socket)
+        .with_context(|| format!("removing {}", arguments.socket.display()))
 }
 
 /// What this host and our privileges must offer.
@@ -89,16 +111,9 @@ fn probe() -> Result<()> {
             arch::foothold_len()
         );
     }
-    let status = std::fs::read_to_string("/proc/self/status").context("reading /proc/self/status")?;
-    let effective = status
-        .lines()
-        .find_map(|line| line.strip_prefix("CapEff:"))
-        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
-        .context("/proc/self/status has no CapEff line")?;
-    // linux/capability.h; what needs each is in the README.
-    for (bit, name) in [(12, "CAP_NET_ADMIN"), (19, "CAP_SYS_PTRACE"), (21, "CAP_SYS_ADMIN"), (39, "CAP_BPF")] {
-        if effective & 1 << bit == 0 {
-            bail!("{name} is missing: run the forwarder as root, or with this capability added");
+    for capability in CAPABILITIES {
+        if !caps::has_cap(None, CapSet::Effective, capability).unwrap_or(false) {
+            bail!("{capability} is missing: run the forwarder as root, or with this capability added");
         }
     }
     Ok(())

@@ -215,11 +215,11 @@ impl Remote {
             fds: end.holders.fds() as u32,
             ..times.moved()
         };
-        moved.socket = self.new.as_ref().and_then(socket_inode);
+        moved.sockets = self.new.iter().filter_map(socket_inode).collect();
         let parked = match self.prepared.direction {
             Direction::ToHost => discard(end.old.as_fd(), unread_bytes as usize).then_some(Parked {
                 overlay: vec![end.old],
-                host: moved.socket.into_iter().collect(),
+                host: moved.sockets.clone(),
                 note: std::mem::take(&mut self.prepared.note),
                 moved: moved.clone(),
             }),
@@ -534,7 +534,9 @@ impl Running<'_> {
             match self.awaiting {
                 Awaiting::Nothing => {}
                 Awaiting::Mark => fds.push(PollFd::new(new.as_fd(), PollFlags::POLLIN)),
-                Awaiting::Peer => fds.push(PollFd::new(new.as_fd(), PollFlags::from_bits_retain(libc::POLLRDHUP))),
+                Awaiting::Peer => {
+                    fds.push(PollFd::new(new.as_fd(), PollFlags::from_bits_retain(libc::POLLRDHUP)))
+                }
             }
         }
         // The application's SO_RCVLOWAT may hide a single byte from poll: never sleep long on it.
@@ -593,7 +595,8 @@ pub fn run_local(site: &Site, mut prepared: Prepared, new: Vec<OwnedFd>, budget:
     let mut moved = Moved::default();
     let mut unread = [0; 2];
     let ends = std::mem::take(&mut prepared.ends);
-    let result = move_locally(site, &ends, tgids_of(&ends), &new, budget, &mut times, &mut moved, &mut unread);
+    let result =
+        move_locally(site, &ends, tgids_of(&ends), &new, budget, &mut times, &mut moved, &mut unread);
     if let Err(reason) = result {
         return Finished { outcome: aborted(reason, times.pause_us()), parked: None };
     }
@@ -602,7 +605,7 @@ pub fn run_local(site: &Site, mut prepared: Prepared, new: Vec<OwnedFd>, budget:
         threads: moved.threads,
         processes: tgids_of(&ends).len() as u32,
         fds: ends.iter().map(|end| end.holders.fds() as u32).sum(),
-        socket: new.first().and_then(socket_inode),
+        sockets: new.iter().filter_map(socket_inode).collect(),
         ..times.moved()
     };
     let discarded = ends.iter().zip(unread).all(|(end, unread)| discard(end.old.as_fd(), unread));

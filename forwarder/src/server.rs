@@ -320,10 +320,8 @@ impl Session {
     fn scan(&self, seq: u64, cgroup_id: u64, only: Option<SocketInode>) {
         let listed = match self.site.programs.descriptors() {
             Ok(listed) => listed,
-            Err(error) => {
-                report(error);
-                Vec::new()
-            }
+            // No answer: an empty one would say that all connections are over.
+            Err(error) => return log::error!("sockets cannot be listed: {error}"),
         };
         self.send(&Event::Sockets { seq, sockets: sockets_in(&listed, cgroup_id, only, self.site.own) });
     }

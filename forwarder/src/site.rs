@@ -5,6 +5,7 @@ use std::{
     collections::{HashMap, HashSet},
     os::fd::{AsFd, OwnedFd},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 
 use forwarder_api::{ConnId, Direction, Moved, ParkedConn, PrepareTarget, Refusal, SocketInode};
@@ -16,6 +17,9 @@ use crate::{
     options,
     process::{self, RemoteFd, Tgid},
 };
+
+/// How long transactions may take to end when the forwarder stops.
+const CLOSING: Duration = Duration::from_secs(10);
 
 pub struct Site {
     pub programs: Arc<Programs>,
@@ -202,6 +206,21 @@ impl Site {
         let count = self.ends.wait(&mut events, EpollTimeout::NONE)?;
         let ended: HashSet<ConnId> = events[..count].iter().map(|event| ConnId(event.data())).collect();
         Ok(ended.into_iter().filter(|conn| self.release(*conn)).collect())
+    }
+
+    /// Wait until nobody is frozen, and let nobody be frozen any more. Returns how many connections are parked.
+    pub fn close(&self) -> usize {
+        let deadline = Instant::now() + CLOSING;
+        // The lock stays with the caller's process to its end: whoever prepares now waits for it.
+        loop {
+            let reserved = locked(&self.reserved);
+            if reserved.is_empty() || Instant::now() >= deadline {
+                std::mem::forget(reserved);
+                return locked(&self.parked).len();
+            }
+            drop(reserved);
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     pub fn list_parked(&self) -> Vec<ParkedConn> {

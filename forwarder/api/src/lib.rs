@@ -64,7 +64,8 @@ pub enum Request {
     /// First request of a session.
     Hello { version: u32 },
     /// List the TCP sockets held by processes under the cgroup with this id (inode of its directory in cgroup2),
-    /// answered by [`Event::Sockets`]. With `only`, just that socket.
+    /// answered by [`Event::Sockets`], or not at all if
+    /// it fails. With `only`, just that socket.
     Scan { seq: u64, cgroup_id: u64, only: Option<SocketInode> },
     /// Check, without stopping anything, that this socket may be moved, and keep its holders reserved for `conn`
     /// until a transaction of it ends or [`Request::Cancel`] comes. Answered by [`Event::Prepared`] or
@@ -177,8 +178,8 @@ pub struct Moved {
     pub processes: u32,
     pub threads: u32,
     pub fds: u32,
-    /// Inode of the socket now installed.
-    pub socket: Option<SocketInode>,
+    /// The sockets now installed: one, or two (`first`, `second`) for a connection within this host.
+    pub sockets: Vec<SocketInode>,
 }
 
 /// A TCP socket and one descriptor of it, as the kernel showed it to a BPF iterator.

@@ -10,12 +10,13 @@ pub enum Refusal {
     HostAddress,
     NoPeerHost,
     PeerUnreachable,
-    PeerUnknownsConnection,
+    PeerUnknown,
     PeerGone,
-    NotAccepted,
     HostPathFailed,
     ForwarderGone,
     Stopping,
+    SwappedBack,
+    SameNetwork,
     // Found by the forwarder before anything is stopped.
     NotEstablished,
     ForeignNamespace,
@@ -51,7 +52,7 @@ pub enum Refusal {
 
 impl Refusal {
     /// Every variant, in the order of the enum.
-    pub const ALL: [Refusal; 40] = {
+    pub const ALL: [Refusal; 41] = {
         use Refusal::*;
         [
             NoRuleMatches,
@@ -59,12 +60,13 @@ impl Refusal {
             HostAddress,
             NoPeerHost,
             PeerUnreachable,
-            PeerUnknownsConnection,
+            PeerUnknown,
             PeerGone,
-            NotAccepted,
             HostPathFailed,
             ForwarderGone,
             Stopping,
+            SwappedBack,
+            SameNetwork,
             NotEstablished,
             ForeignNamespace,
             UnseenReference,
@@ -113,6 +115,9 @@ impl Refusal {
         matches!(
             self,
             HolderBusy
+                | PeerGone
+                | PeerUnreachable
+                | ForwarderGone
                 | FreezeBudget
                 | NotSettled
                 | TooManyUnreadBytes
@@ -139,16 +144,20 @@ impl Refusal {
             HostAddress => ("host_address", "one of the addresses is loopback or belongs to a host"),
             NoPeerHost => ("no_peer_host", "no host is known that holds the other end"),
             PeerUnreachable => ("peer_unreachable", "the other host's router does not answer"),
-            PeerUnknownsConnection => {
-                ("peer_unknown", "the other host's router does not know this connection")
-            }
+            PeerUnknown => (
+                "peer_unknown",
+                "the other host's router does not know this connection, or its server has not accepted it yet",
+            ),
             PeerGone => ("peer_gone", "the other host's router went away while the swap was being agreed"),
-            NotAccepted => ("not_accepted", "the server has not accepted the connection yet"),
             HostPathFailed => {
                 ("host_path_failed", "the connection between the hosts could not be made or was lost")
             }
             ForwarderGone => ("forwarder_gone", "the forwarder of this host does not answer"),
             Stopping => ("stopping", "the router is stopping"),
+            SwappedBack => ("swapped_back", "it was sent back to the overlay by command"),
+            SameNetwork => {
+                ("same_network", "both ends are in one container's network: there is nothing to gain")
+            }
             NotEstablished => ("not_established", "the connection is not established any more"),
             ForeignNamespace => {
                 ("foreign_namespace", "the socket does not belong to the container's own network")

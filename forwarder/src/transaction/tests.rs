@@ -95,7 +95,12 @@ impl Transaction {
         // 100 written by side 0, 200 by side 1; the last byte may still be on its way.
         let late = u32::from(!settled);
         let (mine, theirs) = if side == 0 { (100, 200) } else { (200, 100) };
-        Look { write_seq: mine, snd_una: mine - late, rcv_nxt: theirs - late, unread: settled.then(|| unread(side)) }
+        Look {
+            write_seq: mine,
+            snd_una: mine - late,
+            rcv_nxt: theirs - late,
+            unread: settled.then(|| unread(side)),
+        }
     }
 
     fn feed(&self, world: &mut World, side: usize, event: Event) {
@@ -243,7 +248,8 @@ impl Model for Transaction {
             }
             let decider = &world.sides[0];
             let no_mark = here.incoming.is_empty() && !decider.alive;
-            let no_abort = decider.result.is_some() && here.incoming.is_empty() && world.messages[side].is_empty();
+            let no_abort =
+                decider.result.is_some() && here.incoming.is_empty() && world.messages[side].is_empty();
             if here.awaiting_mark && (no_mark || no_abort) {
                 steps.push(Step::Silence { side });
             }
@@ -337,16 +343,21 @@ impl Model for Transaction {
             }),
             Property::always("no application reads a mark", |_, world: &World| {
                 world.sides.iter().all(|side| {
-                    side.frozen || side.path == Path::Old || !side.incoming.iter().any(|i| matches!(i, Item::Mark(_)))
+                    side.frozen
+                        || side.path == Path::Old
+                        || !side.incoming.iter().any(|i| matches!(i, Item::Mark(_)))
                 })
             }),
-            Property::always("no mark is left on a connection that is used again", |model: &Transaction, world: &World| {
-                let kept = |side: &Side| side.alive && side.forwarder_holds_new && side.path == Path::Old;
-                let both = world.sides.iter().all(kept) && over(world);
-                model.direction == Direction::ToHost
-                    || !both
-                    || world.sides.iter().all(|side| side.incoming.is_empty())
-            }),
+            Property::always(
+                "no mark is left on a connection that is used again",
+                |model: &Transaction, world: &World| {
+                    let kept = |side: &Side| side.alive && side.forwarder_holds_new && side.path == Path::Old;
+                    let both = world.sides.iter().all(kept) && over(world);
+                    model.direction == Direction::ToHost
+                        || !both
+                        || world.sides.iter().all(|side| side.incoming.is_empty())
+                },
+            ),
             Property::always("unread bytes are carried once, to whom they belong", |_, world: &World| {
                 world.sides.iter().enumerate().all(|(side, here)| {
                     let carried: Vec<u8> = here
@@ -358,7 +369,11 @@ impl Model for Transaction {
                         })
                         .collect();
                     let moved = over(world) && world.sides.iter().all(|side| side.path == Path::New);
-                    if moved { carried == unread(side) } else { carried.is_empty() || carried == unread(side) }
+                    if moved {
+                        carried == unread(side)
+                    } else {
+                        carried.is_empty() || carried == unread(side)
+                    }
                 })
             }),
             Property::always("both ends agree when it is over", |_, world: &World| {

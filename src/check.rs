@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Does this host have what the router needs? [`probe`] looks, [`judge`] decides, `router check` and the start of the
+//! router show.
+
+use std::path::{Path, PathBuf};
+
+use caps::{CapSet, Capability};
+
+use crate::{
+    peers::{Interfaces, PeerError},
+    rules::{RuleError, RuleSet},
+    settings::Settings,
+};
+
+const BTF: &str = "/sys/kernel/btf/vmlinux";
+
+/// What needs each is the text beside it.
+const CAPABILITIES: [(Capability, &str); 3] = [
+    (Capability::CAP_BPF, "to load BPF programs"),
+    (Capability::CAP_PERFMON, "for BPF programs that trace"),
+    (Capability::CAP_NET_ADMIN, "for BPF programs at cgroups and the addresses in sockets"),
+];
+
+/// This host, as far as the router depends on it.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    pub kernel: String,
+    pub has_btf: bool,
+    /// Those that are missing, and what for.
+    pub missing_capabilities: Vec<(String, &'static str)>,
+    pub interfaces: Result<String, String>,
+    /// The directory with this host's containers; whether it is a cgroup2 directory and holds this process.
+    pub scope: Result<PathBuf, String>,
+    pub scope_is_cgroup2: bool,
+    pub scope_holds_us: bool,
+    pub pins: PathBuf,
+    pub pins_on_bpffs: bool,
+    pub rules: Result<usize, String>,
+    pub forwarder: PathBuf,
+    pub forwarder_answers: bool,
+}
+
+/// One line of `router check`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Line {
+    pub what: &'static str,
+    pub finding: Finding,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Finding {
+    Ok(String),
+    /// The router runs, but nothing will be swapped.
+    Waits(String),
+    /// The router cannot run.
+    Missing(String),
+}
+
+/// Look at this host.
+pub async fn probe(settings: &Settings) -> Facts {
+    let scope = settings.scope().map_err(|error| error.to_string());
+    let missing_capabilities = CAPABILITIES
+        .into_iter()
+        .filter(|(capability, _)| !caps::has_cap(None, CapSet::Effective, *capability).unwrap_or(false))
+        .map(|(capability, what_for)| (capability.to_string(), what_for))
+        .collect();
+    let interfaces = match settings.complete() {
+        Ok(()) => interfaces(settings).await.map_err(|error| error.to_string()),
+        Err(error) => Err(error.to_string()),
+    };
+    let kind_of = |path: &Path| nix::sys::statfs::statfs(path).map(|statfs| statfs.filesystem_type()).ok();
+    let holds_us =
+        |scope: &PathBuf| std::fs::canonicalize(scope).is_ok_and(|scope| own_cgroup().starts_with(scope));
+    let existing = settings.pins.ancestors().find(|path| path.exists());
+    Facts {
+        kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned(),
+        has_btf: Path::new(BTF).exists(),
+        missing_capabilities,
+        interfaces,
+        scope_is_cgroup2: scope
+            .as_deref()
+            .is_ok_and(|scope| kind_of(scope) == Some(nix::sys::statfs::CGROUP2_SUPER_MAGIC)),
+        scope_holds_us: scope.as_ref().is_ok_and(holds_us),
+        scope,
+        pins: settings.pins.clone(),
+        pins_on_bpffs: existing.is_some_and(|path| kind_of(path) == Some(nix::sys::statfs::BPF_FS_MAGIC)),
+        rules: RuleSet::load(&settings.rules)
+            .map(|rules| rules.len())
+            .map_err(|error: RuleError| error.to_string()),
+        forwarder: settings.forwarder.clone(),
+        forwarder_answers: std::os::unix::net::UnixStream::connect(&settings.forwarder).is_ok(),
+    }
+}
+
+async fn interfaces(settings: &Settings) -> Result<String, PeerError> {
+    let netlink = crate::peers::netlink()?;
+    let found = Interfaces::find(&netlink, &settings.overlay_if, &settings.host_if).await?;
+    Ok(format!("{} and {} ({})", settings.overlay_if, settings.host_if, found.host_address))
+}
+
+/// The directory of this process's cgroup, where the hierarchy is mounted here.
+fn own_cgroup() -> PathBuf {
+    let cgroups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let path = cgroups.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+    crate::settings::cgroup2_mount().unwrap_or_default().join(path)
+}
+
+/// What the facts mean, one line each.
+pub fn judge(facts: &Facts) -> Vec<Line> {
+    let line = |what, finding| Line { what, finding };
+    let of = |result: &Result<String, String>| match result {
+        Ok(text) => Finding::Ok(text.clone()),
+        Err(error) => Finding::Missing(error.clone()),
+    };
+    let needs = |there, text: String, otherwise: String| {
+        if there { Finding::Ok(text) } else { Finding::Missing(otherwise) }
+    };
+    let missing: Vec<String> = facts
+        .missing_capabilities
+        .iter()
+        .map(|(name, what_for)| format!("{name} is missing, which is needed {what_for}"))
+        .collect();
+    vec![
+        line("kernel", Finding::Ok(facts.kernel.clone())),
+        line(
+            "BTF",
+            needs(
+                facts.has_btf,
+                BTF.into(),
+                format!("{BTF} does not exist: run a kernel built with CONFIG_DEBUG_INFO_BTF=y"),
+            ),
+        ),
+        line(
+            "capabilities",
+            needs(
+                missing.is_empty(),
+                "CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN".into(),
+                format!("{}: run as root, or with these capabilities added", missing.join("; ")),
+            ),
+        ),
+        line("interfaces", of(&facts.interfaces)),
+        line(
+            "cgroup",
+            match &facts.scope {
+                Err(error) => Finding::Missing(error.clone()),
+                Ok(scope) if !facts.scope_is_cgroup2 => Finding::Missing(format!(
+                    "{} is no directory of a cgroup2 mount: give one with --cgroup",
+                    scope.display()
+                )),
+                Ok(scope) if !facts.scope_holds_us => Finding::Missing(format!(
+                    "{} does not hold the router itself: give a cgroup above both it and the containers",
+                    scope.display()
+                )),
+                Ok(scope) => Finding::Ok(scope.display().to_string()),
+            },
+        ),
+        line(
+            "pins",
+            needs(
+                facts.pins_on_bpffs,
+                facts.pins.display().to_string(),
+                format!(
+                    "{} is not on a bpf file system: mount one (mount -t bpf bpf /sys/fs/bpf), or give another --pins",
+                    facts.pins.display()
+                ),
+            ),
+        ),
+        line("rules", of(&facts.rules.as_ref().map(|count| format!("{count}")).map_err(Clone::clone))),
+        line(
+            "forwarder",
+            if facts.forwarder_answers {
+                Finding::Ok(facts.forwarder.display().to_string())
+            } else {
+                Finding::Waits(format!(
+                    "none answers at {}: start `forwarder --socket PATH` on this host",
+                    facts.forwarder.display()
+                ))
+            },
+        ),
+    ]
+}
+
+/// The first thing without which the router cannot run.
+pub fn obstacle(lines: &[Line]) -> Option<String> {
+    lines.iter().find_map(|line| match &line.finding {
+        Finding::Missing(text) => Some(text.clone()),
+        Finding::Ok(_) | Finding::Waits(_) => None,
+    })
+}
+
+impl std::fmt::Display for Line {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (verdict, text) = match &self.finding {
+            Finding::Ok(text) => ("ok", text),
+            Finding::Waits(text) => ("wait", text),
+            Finding::Missing(text) => ("MISSING", text),
+        };
+        write!(f, "{:<13} {verdict:<8} {text}", self.what)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn capable() -> Facts {
+        Facts {
+            kernel: "6.18.0".into(),
+            has_btf: true,
+            missing_capabilities: vec![],
+            interfaces: Ok("flannel.1 and eth0 (192.0.2.1)".into()),
+            scope: Ok("/sys/fs/cgroup".into()),
+            scope_is_cgroup2: true,
+            scope_holds_us: true,
+            pins: "/sys/fs/bpf/ebpf-router".into(),
+            pins_on_bpffs: true,
+            rules: Ok(2),
+            forwarder: "/run/ebpf-router/forwarder.sock".into(),
+            forwarder_answers: true,
+        }
+    }
+
+    fn check(change: impl FnOnce(&mut Facts), words: &str) {
+        let mut facts = capable();
+        change(&mut facts);
+        let obstacle = obstacle(&judge(&facts)).unwrap();
+        assert!(obstacle.contains(words), "{obstacle}");
+    }
+
+    #[test]
+    fn a_capable_host_has_all_that_is_needed() {
+        assert!(judge(&capable()).iter().all(|line| matches!(line.finding, Finding::Ok(_))));
+    }
+
+    #[test]
+    fn what_is_missing_is_named_with_the_way_out() {
+        check(|facts| facts.has_btf = false, "CONFIG_DEBUG_INFO_BTF");
+        check(|facts| facts.missing_capabilities = vec![("CAP_BPF".into(), "to load")], "CAP_BPF is missing");
+        check(|facts| facts.interfaces = Err("OVERLAY_IF=x: no such interface".into()), "OVERLAY_IF=x");
+        check(|facts| facts.scope_is_cgroup2 = false, "--cgroup");
+        check(|facts| facts.scope_holds_us = false, "does not hold the router");
+        check(|facts| facts.pins_on_bpffs = false, "mount -t bpf");
+        check(|facts| facts.rules = Err("rules:3: rule r".into()), "rules:3");
+    }
+
+    #[test]
+    fn a_missing_forwarder_is_waited_for() {
+        let facts = Facts { forwarder_answers: false, ..capable() };
+        assert_eq!(obstacle(&judge(&facts)), None);
+        assert!(judge(&facts).iter().any(|line| matches!(line.finding, Finding::Waits(_))));
+    }
+}

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The commands that ask a running router, and what they print.
+
+use std::{fmt::Write, path::Path};
+
+use anyhow::{Result, bail};
+use forwarder_api::ConnId;
+
+use crate::{
+    control::{self, ControlError, Moved, Question},
+    coordinator::{FlowView, Shown, Status},
+    settings::{self, Conn},
+};
+
+pub fn status(question: &settings::Question) -> Result<()> {
+    let status: Status = control::ask(&question.control.path, &Question::Status)?;
+    if question.json {
+        println!("{}", serde_json::to_string_pretty(&status)?);
+    } else {
+        print!("{}", status_text(&status));
+    }
+    Ok(())
+}
+
+pub fn flows(question: &settings::Question) -> Result<()> {
+    let flows = ask_flows(&question.control.path)?;
+    if question.json {
+        println!("{}", serde_json::to_string_pretty(&flows)?);
+    } else {
+        print!("{}", flows_text(&flows));
+    }
+    Ok(())
+}
+
+pub fn swap(conn: ConnId, control: &Path) -> Result<()> {
+    report(conn, "the host network", &control::ask(control, &Question::Swap(conn))?)
+}
+
+pub fn swap_back(conn: Option<Conn>, control: &Path) -> Result<()> {
+    if let Some(Conn(conn)) = conn {
+        return report(conn, "the overlay", &control::ask(control, &Question::SwapBack(conn))?);
+    }
+    let swapped = ask_flows(control)?.into_iter().filter(|flow| flow.path != Shown::Overlay);
+    let mut conns: Vec<String> = swapped.map(|flow| flow.conn).collect();
+    conns.sort();
+    conns.dedup();
+    // All at once: each waits for its peer, not for the others.
+    let results: Vec<Result<()>> = std::thread::scope(|scope| {
+        let ask = |name: String| {
+            scope.spawn(move || {
+                let Ok(Conn(conn)) = name.parse() else { bail!("{name}: the router's name for it is odd") };
+                report(conn, "the overlay", &control::ask(control, &Question::SwapBack(conn))?)
+            })
+        };
+        let asking: Vec<_> = conns.into_iter().map(ask).collect();
+        asking
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|_| bail!("a thread panicked")))
+            .collect()
+    });
+    let failed = results.iter().filter(|result| result.is_err()).count();
+    for error in results.into_iter().filter_map(Result::err) {
+        eprintln!("{error:#}");
+    }
+    if failed > 0 { bail!("{failed} connections were not moved") } else { Ok(()) }
+}
+
+fn ask_flows(control: &Path) -> Result<Vec<FlowView>, ControlError> {
+    control::ask(control, &Question::Flows)
+}
+
+fn report(conn: ConnId, to: &str, moved: &Moved) -> Result<()> {
+    match moved {
+        Moved::Done { pause_us } => {
+            println!("{conn} is on {to}, pause {pause_us} us");
+            Ok(())
+        }
+        Moved::Refused(reason) => bail!("{conn} was not moved to {to}: {reason} ({})", reason.label()),
+    }
+}
+
+fn status_text(status: &Status) -> String {
+    let mut text = String::new();
+    let forwarder = status.forwarder.map_or("not reached".into(), |pid| format!("process {pid}"));
+    let mut line = |name: &str, value: String| {
+        // Writing to a String does not fail.
+        let _ = writeln!(text, "{name:<12} {value}");
+    };
+    line("router", format!("{} (process {}), tracing by {}", status.version, status.pid, status.mode));
+    line("forwarder", forwarder);
+    line("rules", status.rules.to_string());
+    for (peer, reached) in &status.peers {
+        line("peer", format!("{peer} {}", if *reached { "reached" } else { "not reached" }));
+    }
+    line("connections", format!("{}, {} on the host network", status.flows, status.swapped));
+    line("swaps", format!("{} to the host network, {} back", status.swaps, status.swap_backs));
+    for (reason, count) in &status.refused {
+        line("refused", format!("{count} {reason}"));
+    }
+    if status.drops > 0 {
+        line("not seen", format!("{} connections, for want of room", status.drops));
+    }
+    text
+}
+
+fn flows_text(flows: &[FlowView]) -> String {
+    let head =
+        ["CONN", "WORKLOAD", "LOCAL", "REMOTE", "SIDE", "PATH", "AGE", "SENT", "RECEIVED", "PAUSE", "REASON"];
+    let rows = flows.iter().map(|flow| {
+        [
+            flow.conn.clone(),
+            flow.workload.clone(),
+            flow.local.to_string(),
+            flow.remote.to_string(),
+            format!("{:?}", flow.side).to_lowercase(),
+            format!("{:?}", flow.path).to_lowercase(),
+            age(flow.age_ms),
+            bytes(flow.bytes_sent),
+            bytes(flow.bytes_received),
+            flow.pause_us.map_or("-".into(), |pause| format!("{pause} us")),
+            flow.reason_text.clone().unwrap_or_else(|| {
+                if flow.way_back == Some(false) {
+                    "no way back: the forwarder that kept the overlay socket is gone".into()
+                } else {
+                    "-".into()
+                }
+            }),
+        ]
+    });
+    let table: Vec<[String; 11]> = std::iter::once(head.map(str::to_owned)).chain(rows).collect();
+    let width = |column: usize| table.iter().map(|row| row[column].len()).max().unwrap_or_default();
+    let widths: Vec<usize> = (0..head.len()).map(width).collect();
+    let mut text = String::new();
+    for row in &table {
+        let cells: Vec<String> =
+            row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        let _ = writeln!(text, "{}", cells.join("  ").trim_end());
+    }
+    text
+}
+
+fn age(ms: u64) -> String {
+    match ms / 1000 {
+        seconds @ 0..=119 => format!("{seconds} s"),
+        seconds @ 120..=7199 => format!("{} min", seconds / 60),
+        seconds => format!("{} h", seconds / 3600),
+    }
+}
+
+fn bytes(count: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = count as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{count} B") } else { format!("{value:.1} {}", UNITS[unit]) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_and_ages_are_shown_in_the_unit_that_fits() {
+        assert_eq!((bytes(1023).as_str(), bytes(1536).as_str()), ("1023 B", "1.5 KiB"));
+        assert_eq!((age(5_300).as_str(), age(7_200_000).as_str()), ("5 s", "2 h"));
+    }
+
+    #[test]
+    fn a_table_without_connections_has_a_head() {
+        assert!(flows_text(&[]).starts_with("CONN"));
+    }
+}

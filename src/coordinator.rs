@@ -1,0 +1,410 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Brings the two ends of a connection together: hears tracing, forwarder, peers and people, asks the ledger what is
+//! to be done, and does it.
+//!
+//! ```text
+//!   trace ──┐                               ┌── forwarder   prepare, move, release
+//!   scan  ──┤   look up:        ledger      ├── peers       know, offer, accept, relay
+//!   peers ──┼── workload, ──▶  (pure) ──▶───┼── host path   connect, accept, token
+//!   people ─┘   rules, route                └── answers, log
+//! ```
+//!
+//! One task does it all, so that nothing needs a lock. What takes long (connecting) is a task of its own and comes
+//! back as an event.
+
+mod effects;
+mod flow;
+mod host_path;
+mod ledger;
+mod lookup;
+mod negotiation;
+mod session;
+mod wire;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    io,
+    net::Ipv4Addr,
+    os::fd::OwnedFd,
+    time::{Duration, Instant},
+};
+
+use forwarder_api::{ConnId, Direction, Event as Said, Refusal, Request, SocketRecord};
+use serde::{Deserialize, Serialize};
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, oneshot},
+    time::{MissedTickBehavior, interval, sleep_until, timeout},
+};
+
+pub use flow::{FlowView, Shown};
+pub use lookup::Lookup;
+pub use session::listen;
+
+use flow::Note;
+use host_path::HostPath;
+use ledger::{Event, Ledger, Restored};
+use session::SessionEvent;
+use wire::{Message, Tuple};
+
+use crate::{
+    forwarder::{ForwarderEvent, Sent},
+    identity::Identity,
+    peers::PeerAddress,
+    settings::Settings,
+    trace::{Scope, TraceEvent, Tracer},
+};
+
+/// Between two looks at rules that may have changed, and at connections that may be over.
+const RULES: Duration = Duration::from_secs(2);
+const SCAN: Duration = Duration::from_secs(30);
+/// How long `router flows` waits for a scan before it shows what is known.
+const FRESH: Duration = Duration::from_secs(1);
+/// How long a stop waits at most: the ledger gives its orders up earlier.
+const STOP: Duration = Duration::from_secs(15);
+
+/// What people ask of a running router.
+pub enum Wish {
+    Status(oneshot::Sender<Status>),
+    Flows(oneshot::Sender<Vec<FlowView>>),
+    /// The answer is the pause in microseconds, or the reason why not.
+    Move(ConnId, Direction, oneshot::Sender<Result<u64, Refusal>>),
+}
+
+/// `router status`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    pub version: String,
+    pub pid: u32,
+    /// The tracing in use: fexit or tracepoints.
+    pub mode: String,
+    /// Process id of the forwarder, if it is reached.
+    pub forwarder: Option<u32>,
+    pub rules: usize,
+    /// Connections known, and those on the host network now.
+    pub flows: usize,
+    pub swapped: usize,
+    /// Since this router started.
+    pub swaps: u64,
+    pub swap_backs: u64,
+    pub refused: BTreeMap<String, u64>,
+    /// Connections that were not seen, because a buffer was full.
+    pub drops: u64,
+    /// Peer routers, and whether they are reached.
+    pub peers: BTreeMap<PeerAddress, bool>,
+}
+
+/// What the coordinator works with.
+pub struct Parts {
+    pub settings: Settings,
+    /// HOST_IF's.
+    pub host_address: Ipv4Addr,
+    pub lookup: Lookup,
+    pub identity: Identity,
+    pub scope: Scope,
+    pub tracer: Tracer,
+}
+
+/// What the coordinator hears, besides what it opens itself.
+pub struct Inlets {
+    pub traced: mpsc::Receiver<TraceEvent>,
+    /// ROUTER_PORT
+    pub peers: TcpListener,
+    pub wishes: mpsc::Receiver<Wish>,
+}
+
+struct Coordinator {
+    parts: Parts,
+    ledger: Ledger,
+    host_path: HostPath,
+    forwarder: Option<(u32, mpsc::UnboundedSender<Sent>)>,
+    sessions: HashMap<PeerAddress, mpsc::Sender<Message>>,
+    /// Host sockets that the forwarder has not been given yet.
+    sockets: HashMap<ConnId, Vec<OwnedFd>>,
+    scans: Scans,
+    waiting: HashMap<Tuple, Vec<oneshot::Sender<Result<u64, Refusal>>>>,
+    to_sessions: mpsc::Sender<SessionEvent>,
+    to_made: mpsc::Sender<Made>,
+}
+
+/// A host connection made by us, or not.
+type Made = (ConnId, io::Result<Vec<OwnedFd>>);
+
+/// Scans under way, and who waits for them.
+#[derive(Default)]
+struct Scans {
+    last: u64,
+    began: BTreeMap<u64, Instant>,
+    waiting: Vec<(u64, oneshot::Sender<Vec<FlowView>>)>,
+}
+
+/// Open what peers need, and run until SIGTERM or SIGINT and, then, until connections are where they shall stay.
+pub async fn run(parts: Parts, mut inlets: Inlets) -> anyhow::Result<()> {
+    let (to_arrived, mut arrived) = mpsc::channel(64);
+    let (to_made, mut made) = mpsc::channel(64);
+    let (to_sessions, mut sessions) = mpsc::channel(1024);
+    let (to_forwarder, mut forwarder) = mpsc::channel(1024);
+    let mut seed = [0; 8];
+    getrandom::fill(&mut seed)?;
+    let leave = parts.settings.leave;
+    let mut coordinator = Coordinator {
+        ledger: Ledger::new(u64::from_ne_bytes(seed), Instant::now()),
+        host_path: HostPath::open(parts.host_address, to_arrived)?,
+        forwarder: None,
+        sessions: HashMap::new(),
+        sockets: HashMap::new(),
+        scans: Scans::default(),
+        waiting: HashMap::new(),
+        to_sessions: to_sessions.clone(),
+        to_made,
+        parts,
+    };
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    tokio::spawn(session::hear(inlets.peers, to_sessions));
+    tokio::spawn(crate::forwarder::reach(coordinator.parts.settings.forwarder.clone(), to_forwarder));
+    let (mut rules, mut scan) = (interval(RULES), interval(SCAN));
+    rules.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    scan.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut stop_by = None;
+    loop {
+        let alarm = coordinator.ledger.alarm().or(stop_by);
+        tokio::select! {
+            Some(event) = inlets.traced.recv() => coordinator.traced(event).await,
+            Some(event) = forwarder.recv() => coordinator.forwarder(event).await,
+            Some(event) = sessions.recv() => coordinator.session(event).await,
+            Some((conn, socket)) = arrived.recv() => coordinator.made(conn, Ok(vec![socket])).await,
+            Some((conn, sockets)) = made.recv() => coordinator.made(conn, sockets).await,
+            Some(wish) = inlets.wishes.recv() => coordinator.wish(wish).await,
+            () = at(alarm) => coordinator.handle(Event::Alarm).await,
+            _ = rules.tick() => coordinator.look_at_rules().await,
+            _ = scan.tick() => drop(coordinator.scan()),
+            _ = terminate.recv(), if stop_by.is_none() => stop_by = Some(coordinator.stop(leave).await),
+            _ = interrupt.recv(), if stop_by.is_none() => stop_by = Some(coordinator.stop(leave).await),
+        }
+        if stop_by.is_some_and(|by| coordinator.ledger.is_quiet() || Instant::now() >= by) {
+            break;
+        }
+    }
+    coordinator.finish(leave).await;
+    Ok(())
+}
+
+async fn at(alarm: Option<Instant>) {
+    match alarm {
+        Some(alarm) => sleep_until(alarm.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+impl Coordinator {
+    async fn handle(&mut self, event: Event) {
+        for action in self.ledger.handle(Instant::now(), event) {
+            self.act(action).await;
+        }
+    }
+
+    async fn traced(&mut self, event: TraceEvent) {
+        let event = match event {
+            TraceEvent::HostSocketClosed(swap) => Event::HostSocketClosed(swap),
+            TraceEvent::Connection(connection) => match self.parts.lookup.connection(&connection).await {
+                Some(learned) => Event::Learned(learned),
+                None => return,
+            },
+        };
+        self.handle(event).await;
+    }
+
+    async fn forwarder(&mut self, event: ForwarderEvent) {
+        let event = match event {
+            ForwarderEvent::Up { pid, requests } => {
+                self.forwarder = Some((pid, requests));
+                // What is parked comes first: it is not to be taken for something new.
+                self.ask(Request::List { seq: 0 }, vec![]);
+                return;
+            }
+            ForwarderEvent::Down => {
+                self.forwarder = None;
+                self.scans.began.clear();
+                self.show_flows();
+                Event::ForwarderDown
+            }
+            ForwarderEvent::Said(said) => match said {
+                Said::Hello { .. } => return,
+                Said::Sockets { seq, sockets } => return self.scanned(seq, sockets).await,
+                Said::Prepared { conn } => Event::Prepared(conn),
+                Said::Refused { conn, reason } => Event::Refused(conn, reason),
+                Said::ToPeer { conn, message } => Event::ToPeer(conn, message),
+                Said::Ended { conn, outcome } => Event::Ended(conn, outcome),
+                Said::ParkedEnded { conn } => Event::ParkedEnded(conn),
+                Said::Parked { parked, .. } => {
+                    let restored = parked.into_iter().filter_map(|parked| {
+                        let note: Note = postcard::from_bytes(&parked.note)
+                            .map_err(|error| log::warn!("{}: its note cannot be read: {error}", parked.conn))
+                            .ok()?;
+                        let (conn, sockets, moved) = (parked.conn, parked.host_sockets, parked.moved);
+                        Some(Restored { conn, sockets, note, moved })
+                    });
+                    self.handle(Event::Parked(restored.collect())).await;
+                    self.scan();
+                    Event::ForwarderUp
+                }
+            },
+        };
+        self.handle(event).await;
+    }
+
+    async fn session(&mut self, event: SessionEvent) {
+        let event = match event {
+            SessionEvent::Up(peer, sender) => {
+                self.sessions.insert(peer, sender);
+                Event::PeerUp(peer)
+            }
+            SessionEvent::Down(peer) => {
+                self.sessions.remove(&peer);
+                Event::PeerDown(peer)
+            }
+            SessionEvent::Heard(peer, message) => Event::Peer(peer, message),
+        };
+        self.handle(event).await;
+    }
+
+    async fn made(&mut self, conn: ConnId, sockets: io::Result<Vec<OwnedFd>>) {
+        let ready = match sockets {
+            Ok(sockets) => {
+                self.sockets.insert(conn, sockets);
+                true
+            }
+            Err(error) => {
+                log::warn!("{conn}: the host connection could not be made: {error}");
+                false
+            }
+        };
+        self.handle(Event::Path(conn, ready)).await;
+    }
+
+    async fn wish(&mut self, wish: Wish) {
+        match wish {
+            Wish::Status(answer) => drop(answer.send(self.status())),
+            Wish::Flows(answer) => match self.scan() {
+                Some(seq) => self.scans.waiting.push((seq, answer)),
+                None => drop(answer.send(self.ledger.views())),
+            },
+            Wish::Move(conn, direction, answer) => {
+                let Some(tuple) = self.ledger.find(conn).map(|flow| flow.tuple) else {
+                    let _ = answer.send(Err(Refusal::NotEstablished));
+                    return;
+                };
+                self.waiting.entry(tuple).or_default().push(answer);
+                self.handle(Event::Order(tuple, direction)).await;
+            }
+        }
+    }
+
+    fn status(&self) -> Status {
+        let counts = self.ledger.counts();
+        Status {
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+            mode: self.parts.tracer.mode().to_string(),
+            forwarder: self.forwarder.as_ref().map(|(pid, _)| *pid),
+            rules: self.parts.lookup.rules(),
+            flows: self.ledger.flows().count(),
+            swapped: self.ledger.swapped(),
+            swaps: counts.swaps,
+            swap_backs: counts.swap_backs,
+            refused: counts.refused.iter().map(|(label, count)| ((*label).to_owned(), *count)).collect(),
+            drops: self.parts.tracer.drops() + counts.overflow,
+            peers: self.ledger.peers().clone(),
+        }
+    }
+
+    /// Ask the forwarder for all sockets of our containers; its answer comes to [`Coordinator::scanned`].
+    fn scan(&mut self) -> Option<u64> {
+        self.forwarder.as_ref()?;
+        self.scans.last += 1;
+        let seq = self.scans.last;
+        self.scans.began.insert(seq, Instant::now());
+        self.ask(Request::Scan { seq, cgroup_id: self.parts.scope.cgroup_id, only: None }, vec![]);
+        Some(seq)
+    }
+
+    async fn scanned(&mut self, seq: u64, records: Vec<SocketRecord>) {
+        let Some(began) = self.scans.began.remove(&seq) else { return };
+        for record in &records {
+            if let Some(learned) = self.parts.lookup.record(record, began).await {
+                self.handle(Event::Learned(learned)).await;
+            }
+        }
+        let bytes = |record: &SocketRecord| (record.socket, (record.bytes_sent, record.bytes_received));
+        let sockets = records.iter().map(bytes).collect();
+        self.handle(Event::Scanned { began, sockets }).await;
+        let (ready, later) =
+            std::mem::take(&mut self.scans.waiting).into_iter().partition(|(of, _)| *of <= seq);
+        self.scans.waiting = later;
+        self.answer_flows(ready);
+    }
+
+    /// To all who wait, whatever has come.
+    fn show_flows(&mut self) {
+        let waiting = std::mem::take(&mut self.scans.waiting);
+        self.answer_flows(waiting);
+    }
+
+    fn answer_flows(&self, waiting: Vec<(u64, oneshot::Sender<Vec<FlowView>>)>) {
+        for (_, answer) in waiting {
+            let _ = answer.send(self.ledger.views());
+        }
+    }
+
+    /// Reads the rules again; wrong ones change nothing.
+    async fn look_at_rules(&mut self) {
+        // A scan that has not come for so long is not worth waiting for.
+        if self.scans.began.values().any(|began| began.elapsed() > FRESH) {
+            self.scans.began.retain(|_, began| began.elapsed() < SCAN);
+            self.show_flows();
+        }
+        if self.parts.lookup.refresh(&self.parts.settings).await {
+            let verdicts: Vec<_> = self
+                .ledger
+                .flows()
+                .map(|flow| (flow.tuple, self.parts.lookup.verdict(flow.side, flow.tuple, &flow.workload)))
+                .collect();
+            for (tuple, declined) in verdicts {
+                self.handle(Event::Verdict(tuple, declined)).await;
+            }
+        }
+    }
+
+    async fn stop(&mut self, leave: bool) -> Instant {
+        let swapped = self.ledger.swapped();
+        if leave {
+            log::info!("stopping; {swapped} connections stay on the host network");
+        } else {
+            log::info!("stopping; {swapped} connections go back to the overlay");
+        }
+        self.handle(Event::Stop { leave }).await;
+        Instant::now() + STOP
+    }
+
+    /// Take away what nobody needs any more.
+    async fn finish(mut self, leave: bool) {
+        // What was said last is on its way to the peers.
+        let sessions = std::mem::take(&mut self.sessions);
+        for sender in sessions.into_values() {
+            let _ =
+                timeout(FRESH, async { sender.reserve_many(sender.max_capacity()).await.map(drop) }).await;
+        }
+        match self.ledger.swapped() {
+            0 => {
+                if let Err(error) = self.parts.identity.unpin() {
+                    log::warn!("{}: cannot be removed: {error}", self.parts.settings.pins.display());
+                }
+            }
+            swapped if !leave => {
+                log::warn!("{swapped} connections could not go back and stay on the host network");
+            }
+            _ => {}
+        }
+    }
+}

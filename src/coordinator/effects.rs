@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Carries the ledger's actions out.
+
+use std::{io, net::SocketAddr, os::fd::OwnedFd};
+
+use forwarder_api::{ConnId, Direction, Moved, Refusal, Request};
+
+use super::{
+    Coordinator,
+    host_path::HostPath,
+    ledger::Action,
+    session,
+    wire::{Message, Tuple},
+};
+use crate::{forwarder::Sent, identity::Names, peers::PeerAddress};
+
+impl Coordinator {
+    pub(super) async fn act(&mut self, action: Action) {
+        match action {
+            Action::Forwarder(request) => self.ask(request, vec![]),
+            Action::Move { conn, role, names } => {
+                let fds = self.named(conn, &[names]);
+                let budget_us = self.budget_us();
+                self.ask(Request::Move { conn, role, budget_us }, fds);
+            }
+            Action::MoveLocal { conn, names } => {
+                let fds = self.named(conn, &names);
+                let budget_us = self.budget_us();
+                self.ask(Request::MoveLocal { conn, budget_us }, fds);
+            }
+            Action::Connect { conn, v6, rendezvous: (to, token) } => {
+                let address = self.parts.host_address;
+                self.make(conn, async move { Ok(vec![HostPath::connect(address, v6, to, token).await?]) });
+            }
+            Action::ConnectLocal { conn, v6 } => {
+                self.make(conn, async move { Ok(HostPath::within_host(v6).await?.into()) });
+            }
+            Action::Accept { conn, v6, peer } => match self.host_path.expect(conn, v6) {
+                Ok(path) => self.tell(peer, Message::Accept { conn, path: Some(path) }),
+                // Nobody will come, and the negotiation ends by itself.
+                Err(error) => log::error!("{conn}: no token can be made: {error}"),
+            },
+            Action::DropPath(conn) => {
+                self.host_path.forget(conn);
+                self.sockets.remove(&conn);
+            }
+            Action::Tell(peer, message) => self.tell(peer, message),
+            Action::Reach(peer) => {
+                let to = SocketAddr::new(peer, self.parts.settings.router_port);
+                tokio::spawn(session::reach(to, self.to_sessions.clone()));
+            }
+            Action::Answer(tuple, result) => {
+                for waiting in self.waiting.remove(&tuple).unwrap_or_default() {
+                    let _ = waiting.send(result.clone());
+                }
+            }
+            Action::Report { conn, tuple, direction, result } => report(conn, tuple, direction, &result),
+        }
+    }
+
+    /// Send to the forwarder. Without one, the ledger learns that it is lost, and asks again when it is back.
+    pub(super) fn ask(&self, request: Request, fds: Vec<OwnedFd>) {
+        if let Some((_, requests)) = &self.forwarder {
+            let sent: Sent = (request, fds);
+            let _ = requests.send(sent);
+        }
+    }
+
+    fn tell(&mut self, peer: PeerAddress, message: Message) {
+        let Some(session) = self.sessions.get(&peer) else { return };
+        if session.try_send(message).is_err() {
+            // Dropping the queue ends the session: better none than one with a gap.
+            log::warn!("peer {peer} takes no more messages");
+            self.sessions.remove(&peer);
+        }
+    }
+
+    fn make(
+        &self,
+        conn: ConnId,
+        connecting: impl Future<Output = io::Result<Vec<OwnedFd>>> + Send + 'static,
+    ) {
+        let made = self.to_made.clone();
+        tokio::spawn(async move { made.send((conn, connecting.await)).await });
+    }
+
+    /// The host sockets of `conn`, each with its overlay addresses. None, on the way back or after an error: then the
+    /// forwarder finds one missing and refuses.
+    fn named(&mut self, conn: ConnId, names: &[Names]) -> Vec<OwnedFd> {
+        let sockets = self.sockets.remove(&conn).unwrap_or_default();
+        for (socket, names) in sockets.iter().zip(names) {
+            if let Err(error) = self.parts.identity.set(socket, names) {
+                log::error!("{conn}: {error}");
+                return vec![];
+            }
+        }
+        sockets
+    }
+
+    fn budget_us(&self) -> u32 {
+        self.parts.settings.freeze_budget_ms * 1000
+    }
+}
+
+fn report(conn: ConnId, tuple: Tuple, direction: Direction, result: &Result<Moved, Refusal>) {
+    let (local, remote) = (tuple.local, tuple.remote);
+    let to = match direction {
+        Direction::ToHost => "the host network",
+        Direction::ToOverlay => "the overlay",
+    };
+    match result {
+        Ok(moved) => log::info!(
+            "{conn} {local} - {remote}: moved to {to}, pause {} us (freeze {}, settle {}, install {}), {} bytes unread",
+            moved.pause_us,
+            moved.freeze_us,
+            moved.settle_us,
+            moved.install_us,
+            moved.unread_bytes
+        ),
+        Err(reason) if reason.is_passing() => {
+            log::debug!("{conn} {local} - {remote}: not moved to {to} now: {reason}");
+        }
+        Err(reason) => {
+            log::info!("{conn} {local} - {remote}: not moved to {to}: {reason} ({})", reason.label())
+        }
+    }
+}

@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A connection of this host, as the router knows it, and as it shows it.
+
+use std::time::{Duration, Instant};
+
+use forwarder_api::{ConnId, Direction, Moved, Refusal, SocketInode};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    negotiation::{Negotiation, Part},
+    wire::{Cause, Token, Tuple},
+};
+use crate::{peers::PeerAddress, trace::Side, workload::Workload};
+
+/// Where the other end is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Home {
+    Peer(PeerAddress),
+    /// Another container of this host.
+    SameHost,
+    /// Not known, because.
+    Nowhere(Refusal),
+}
+
+/// Which network the connection is on.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Path {
+    Overlay,
+    Host(OnHost),
+}
+
+/// What is known of a swapped connection.
+#[derive(Clone, Debug, PartialEq)]
+pub struct OnHost {
+    /// The number of the swap, which its host socket carries.
+    pub swap: u64,
+    pub moved: Moved,
+    /// The forwarder keeps the overlay socket.
+    pub way_back: bool,
+}
+
+/// What the other end's router has said.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PeerSays {
+    Nothing,
+    Wants,
+    Declines(Refusal),
+}
+
+/// A move that is wanted whatever the rules say: it is tried again until it is done, refused for good, or too late.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Order {
+    pub direction: Direction,
+    pub cause: Cause,
+    pub until: Instant,
+}
+
+/// A move under way.
+#[derive(Clone, Debug)]
+pub struct Attempt {
+    pub negotiation: Negotiation,
+    pub cause: Cause,
+    /// The number that the host socket will carry.
+    pub swap: u64,
+    /// Where the follower waits for the host connection.
+    pub rendezvous: Option<(std::net::SocketAddr, Token)>,
+}
+
+#[derive(Clone, Debug)]
+pub struct Flow {
+    pub conn: ConnId,
+    pub tuple: Tuple,
+    pub side: Side,
+    /// An AF_INET6 socket, also where the addresses are v4-mapped.
+    pub v6: bool,
+    /// Network namespace of the overlay socket; 0 where it is not known any more.
+    pub netns: u32,
+    pub workload: Workload,
+    pub home: Home,
+    pub path: Path,
+    pub overlay_socket: SocketInode,
+    /// The one that the application has now.
+    pub socket: SocketInode,
+    /// Why our rules do not want it swapped.
+    pub declined: Option<Refusal>,
+    pub peer_says: PeerSays,
+    /// Sent back by a person: stays until a person wants it swapped.
+    pub held: bool,
+    /// Why it is where it is, if that is not where it should be.
+    pub reason: Option<Refusal>,
+    pub attempt: Option<Attempt>,
+    pub order: Option<Order>,
+    /// Refusals in a row.
+    pub failures: u32,
+    /// When to look at it again.
+    pub alarm: Option<Instant>,
+    pub since: Instant,
+    /// When it last changed its path.
+    pub changed: Instant,
+    pub swaps: u32,
+    pub bytes_sent: u64,
+    pub bytes_received: u64,
+}
+
+/// What the forwarder keeps with a parked socket, for a restarted router.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Note {
+    pub swap: u64,
+    /// One end, or two of a connection within this host.
+    pub ends: Vec<NotedEnd>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NotedEnd {
+    pub tuple: Tuple,
+    pub side: Side,
+    pub v6: bool,
+    pub overlay_socket: SocketInode,
+    pub workload: Workload,
+    pub home: Home,
+}
+
+impl Flow {
+    pub fn noted(&self) -> NotedEnd {
+        NotedEnd {
+            tuple: self.tuple,
+            side: self.side,
+            v6: self.v6,
+            overlay_socket: self.overlay_socket,
+            workload: self.workload.clone(),
+            home: self.home,
+        }
+    }
+
+    pub fn on_host(&self) -> Option<&OnHost> {
+        match &self.path {
+            Path::Overlay => None,
+            Path::Host(on_host) => Some(on_host),
+        }
+    }
+
+    /// Is it where a move in this direction would take it?
+    pub fn has_arrived(&self, direction: Direction) -> bool {
+        match direction {
+            Direction::ToHost => self.on_host().is_some(),
+            Direction::ToOverlay => self.on_host().is_none(),
+        }
+    }
+
+    /// The part that this host plays in a move of it.
+    pub fn part(&self) -> Option<Part> {
+        match self.home {
+            Home::Peer(_) if self.tuple.decides() => Some(Part::Decider),
+            Home::Peer(_) => Some(Part::Follower),
+            Home::SameHost => Some(Part::Both),
+            Home::Nowhere(_) => None,
+        }
+    }
+
+    pub fn view(&self, now: Instant) -> FlowView {
+        let moved = self.on_host().map(|on_host| &on_host.moved);
+        let moving = self.attempt.as_ref().is_some_and(|attempt| attempt.negotiation.is_moving());
+        FlowView {
+            conn: self.conn.to_string(),
+            local: self.tuple.local,
+            remote: self.tuple.remote,
+            workload: self.workload.name.clone(),
+            side: self.side,
+            path: match (moving, moved) {
+                (true, _) => Shown::Moving,
+                (false, Some(_)) => Shown::Host,
+                (false, None) => Shown::Overlay,
+            },
+            age_ms: millis(now.saturating_duration_since(self.since)),
+            bytes_sent: self.bytes_sent,
+            bytes_received: self.bytes_received,
+            swaps: self.swaps,
+            pause_us: moved.map(|moved| moved.pause_us),
+            freeze_us: moved.map(|moved| moved.freeze_us),
+            settle_us: moved.map(|moved| moved.settle_us),
+            install_us: moved.map(|moved| moved.install_us),
+            unread_bytes: moved.map(|moved| moved.unread_bytes),
+            way_back: self.on_host().map(|on_host| on_host.way_back),
+            reason: self.reason.map(Refusal::label).map(str::to_owned),
+            reason_text: self.reason.map(Refusal::sentence).map(str::to_owned),
+        }
+    }
+}
+
+fn millis(duration: Duration) -> u64 {
+    duration.as_millis() as u64
+}
+
+/// Where a connection is, for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Shown {
+    Overlay,
+    Host,
+    Moving,
+}
+
+/// One line of `router flows`, and one object of its JSON.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FlowView {
+    pub conn: String,
+    pub local: std::net::SocketAddr,
+    pub remote: std::net::SocketAddr,
+    pub workload: String,
+    pub side: Side,
+    pub path: Shown,
+    pub age_ms: u64,
+    /// Of the socket that the application has now.
+    pub bytes_sent: u64,
+    pub bytes_received: u64,
+    pub swaps: u32,
+    /// Of the last swap: how long the application stood still, and the parts of that.
+    pub pause_us: Option<u64>,
+    pub freeze_us: Option<u64>,
+    pub settle_us: Option<u64>,
+    pub install_us: Option<u64>,
+    pub unread_bytes: Option<u64>,
+    /// Can it go back? Not after the forwarder was lost.
+    pub way_back: Option<bool>,
+    /// Why it is not swapped: a name, and a sentence.
+    pub reason: Option<String>,
+    pub reason_text: Option<String>,
+}

@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What is to be known about a connection before the ledger hears of it: its container, what the rules say, and where
+//! its other end is.
+
+use std::{
+    collections::HashMap,
+    io,
+    net::IpAddr,
+    os::unix::fs::MetadataExt,
+    time::{Duration, Instant},
+};
+
+use forwarder_api::{Refusal, SocketRecord};
+
+use super::{flow::Home, ledger::Learned, wire::Tuple};
+use crate::{
+    peers::{Interfaces, Peers, Whereabouts},
+    rules::{Candidate, RuleSet, Verdict, is_never_swapped},
+    settings::Settings,
+    trace::{Connection, Side},
+    workload::{Workload, WorkloadSource, of_process},
+};
+
+/// How long a route that was looked up is believed, and how many are kept.
+const ROUTE: Duration = Duration::from_secs(2);
+const MAX_ROUTES: usize = 4096;
+/// Of include/net/tcp_states.h.
+const TCP_ESTABLISHED: u8 = 1;
+
+pub struct Lookup {
+    netlink: rtnetlink::Handle,
+    interfaces: Interfaces,
+    peers: Peers,
+    workloads: Box<dyn WorkloadSource>,
+    rules: RuleSet,
+    /// What was wrong with them the last time, so that it is said once.
+    rules_error: Option<String>,
+    own_netns: u32,
+    routes: HashMap<IpAddr, (Instant, Whereabouts)>,
+}
+
+impl Lookup {
+    pub fn new(
+        netlink: rtnetlink::Handle,
+        interfaces: Interfaces,
+        peers: Peers,
+        workloads: Box<dyn WorkloadSource>,
+        rules: RuleSet,
+    ) -> io::Result<Lookup> {
+        let own_netns = std::fs::metadata("/proc/self/ns/net")?.ino() as u32;
+        Ok(Lookup {
+            netlink,
+            interfaces,
+            peers,
+            workloads,
+            rules,
+            rules_error: None,
+            own_netns,
+            routes: HashMap::new(),
+        })
+    }
+
+    /// How many rules are in force.
+    pub fn rules(&self) -> usize {
+        self.rules.len()
+    }
+
+    /// A connection that tracing has shown; `None` if it is the host's own.
+    pub async fn connection(&mut self, seen: &Connection) -> Option<Learned> {
+        if seen.netns == self.own_netns {
+            return None;
+        }
+        let tuple = Tuple { local: seen.local, remote: seen.remote };
+        let workload = of_process(self.workloads.as_ref(), seen.tgid);
+        Some(Learned {
+            tuple,
+            side: seen.side,
+            v6: seen.v6,
+            netns: seen.netns,
+            socket: seen.socket,
+            home: self.home(tuple).await,
+            declined: self.verdict(seen.side, tuple, &workload),
+            workload,
+            seen: Instant::now(),
+        })
+    }
+
+    /// A socket that a scan has found; `None` if it is the host's own, or not established.
+    pub async fn record(&mut self, record: &SocketRecord, began: Instant) -> Option<Learned> {
+        if record.netns == self.own_netns || record.state != TCP_ESTABLISHED {
+            return None;
+        }
+        let tuple = Tuple { local: record.local, remote: record.remote };
+        let workload = of_process(self.workloads.as_ref(), record.tgid);
+        let side = if record.accepted { Side::Server } else { Side::Client };
+        Some(Learned {
+            tuple,
+            side,
+            v6: record.v6,
+            netns: record.netns,
+            socket: record.socket,
+            home: self.home(tuple).await,
+            declined: self.verdict(side, tuple, &workload),
+            workload,
+            seen: began,
+        })
+    }
+
+    /// Why our rules do not want it swapped.
+    pub fn verdict(&self, side: Side, tuple: Tuple, workload: &Workload) -> Option<Refusal> {
+        let (server, client) = match side {
+            Side::Client => (tuple.remote.ip(), tuple.local.ip()),
+            Side::Server => (tuple.local.ip(), tuple.remote.ip()),
+        };
+        let candidate = Candidate {
+            server,
+            client,
+            pod_labels: &workload.pod_labels,
+            container_labels: &workload.container_labels,
+        };
+        match self.rules.decide(&candidate) {
+            Verdict::Swap => None,
+            Verdict::Leave { why } => {
+                log::debug!("{} - {}: left on the overlay: {why}", tuple.local, tuple.remote);
+                Some(Refusal::NoRuleMatches)
+            }
+        }
+    }
+
+    async fn home(&mut self, tuple: Tuple) -> Home {
+        let special = |address: IpAddr| is_never_swapped(address, &self.interfaces.addresses);
+        if special(tuple.local.ip()) || special(tuple.remote.ip()) {
+            return Home::Nowhere(Refusal::HostAddress);
+        }
+        match self.whereabouts(tuple.remote.ip()).await {
+            Whereabouts::Peer(peer) => Home::Peer(peer),
+            Whereabouts::Host => Home::Nowhere(Refusal::HostAddress),
+            Whereabouts::NotOnOverlay => Home::Nowhere(Refusal::NoPeerHost),
+        }
+    }
+
+    async fn whereabouts(&mut self, of: IpAddr) -> Whereabouts {
+        if let Some((when, known)) = self.routes.get(&of)
+            && when.elapsed() < ROUTE
+        {
+            return *known;
+        }
+        let found = self.peers.find(of).await.unwrap_or_else(|error| {
+            log::warn!("{of}: no peer can be found: {error}");
+            Whereabouts::NotOnOverlay
+        });
+        if self.routes.len() >= MAX_ROUTES {
+            self.routes.clear();
+        }
+        self.routes.insert(of, (Instant::now(), found));
+        found
+    }
+
+    /// Look again at rules and addresses. True if the rules are others than before; wrong ones are not taken.
+    pub async fn refresh(&mut self, settings: &Settings) -> bool {
+        match Interfaces::find(&self.netlink, &settings.overlay_if, &settings.host_if).await {
+            Ok(interfaces) => self.interfaces = interfaces,
+            Err(error) => log::debug!("{error}"),
+        }
+        match RuleSet::load(&settings.rules) {
+            Ok(rules) => {
+                self.rules_error = None;
+                if rules == self.rules {
+                    return false;
+                }
+                log::info!("{} rules are read from {}", rules.len(), settings.rules.display());
+                self.rules = rules;
+                true
+            }
+            Err(error) => {
+                let error = error.to_string();
+                if self.rules_error.as_ref() != Some(&error) {
+                    log::error!("the rules stay as they were: {error}");
+                    self.rules_error = Some(error);
+                }
+                false
+            }
+        }
+    }
+}

@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What routers say to each other: a preamble with the version, then frames of bounded length.
+//!
+//! Each router speaks on the connection that it made, and listens on those made to it. The preamble is eight bytes
+//! each way, so that both know the other's version before a frame is read. A frame is a little-endian `u32` length
+//! and that many bytes of postcard. Pure: no I/O.
+
+use std::net::SocketAddr;
+
+use forwarder_api::{ConnId, Direction, MAX_UNREAD_BYTES, Refusal};
+use serde::{Deserialize, Serialize};
+
+/// Bumped with every change of [`Message`], and of what the forwarders say through it.
+pub const VERSION: u16 = 1;
+pub const PREAMBLE: usize = 8;
+/// The longest frame body, in bytes: a relayed message with all the unread bytes allowed, and room for its head.
+pub const MAX_FRAME: usize = MAX_UNREAD_BYTES + (1 << 20);
+pub const TOKEN: usize = 16;
+
+const MAGIC: [u8; 4] = *b"eBPr";
+
+/// Opens one host connection, once.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Token(pub [u8; TOKEN]);
+
+/// A secret: it is not to be found in logs.
+impl std::fmt::Debug for Token {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Token(..)")
+    }
+}
+
+/// The overlay addresses of a connection, as the end sees them that `local` belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Tuple {
+    pub local: SocketAddr,
+    pub remote: SocketAddr,
+}
+
+impl Tuple {
+    /// The same connection, seen from its other end.
+    pub fn reversed(self) -> Tuple {
+        Tuple { local: self.remote, remote: self.local }
+    }
+
+    /// Does this end decide? The same answer at both: the numerically smaller address does.
+    pub fn decides(self) -> bool {
+        (self.local.ip(), self.local.port()) < (self.remote.ip(), self.remote.port())
+    }
+}
+
+/// Tuples are those of the sender's end.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Message {
+    /// I hold this end, and want it swapped, or do not, because. Sent when an end is learned, and as the answer to
+    /// one that is no answer itself.
+    Know {
+        tuple: Tuple,
+        declined: Option<Refusal>,
+        answer: bool,
+    },
+    /// Follower to decider: please move it, because.
+    Ask {
+        tuple: Tuple,
+        direction: Direction,
+        cause: Cause,
+    },
+    /// Decider to follower.
+    Offer {
+        conn: ConnId,
+        tuple: Tuple,
+        direction: Direction,
+        cause: Cause,
+    },
+    Refuse {
+        conn: ConnId,
+        reason: Refusal,
+    },
+    /// For `ToHost`, where to connect to and with which token.
+    Accept {
+        conn: ConnId,
+        path: Option<(SocketAddr, Token)>,
+    },
+    /// The follower has the host connection.
+    Begin {
+        conn: ConnId,
+    },
+    Cancel {
+        conn: ConnId,
+        reason: Refusal,
+    },
+    /// From forwarder to forwarder.
+    Relay {
+        conn: ConnId,
+        message: Vec<u8>,
+    },
+}
+
+/// Why a move is wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Cause {
+    /// The rules ask for it, or do no longer.
+    Rules,
+    /// A person does.
+    Order,
+    /// A router stops.
+    Stop,
+}
+
+/// Why bytes are not what a router says.
+#[derive(Debug, thiserror::Error)]
+pub enum WireError {
+    #[error("it is no router: it began with {received:02x?}, {MAGIC:02x?} expected")]
+    NoRouter { received: [u8; 4] },
+    #[error(
+        "it speaks version {received} of the routers' protocol, version {VERSION} expected: run the same release on all hosts"
+    )]
+    Version { received: u16 },
+    #[error("it sent a frame of {length} bytes, at most {MAX_FRAME} expected")]
+    TooLong { length: usize },
+    #[error("it sent a frame of {length} bytes that cannot be decoded: {source}")]
+    Malformed { length: usize, source: postcard::Error },
+}
+
+pub fn preamble() -> [u8; PREAMBLE] {
+    let mut bytes = [0; PREAMBLE];
+    bytes[..4].copy_from_slice(&MAGIC);
+    bytes[4..6].copy_from_slice(&VERSION.to_le_bytes());
+    bytes
+}
+
+/// Is this a router of our version?
+pub fn check_preamble(bytes: [u8; PREAMBLE]) -> Result<(), WireError> {
+    let [a, b, c, d, low, high, ..] = bytes;
+    if [a, b, c, d] != MAGIC {
+        return Err(WireError::NoRouter { received: [a, b, c, d] });
+    }
+    match u16::from_le_bytes([low, high]) {
+        VERSION => Ok(()),
+        received => Err(WireError::Version { received }),
+    }
+}
+
+/// Length and body.
+pub fn encode(message: &Message) -> Result<Vec<u8>, WireError> {
+    let body = postcard::to_stdvec(message).map_err(|source| WireError::Malformed { length: 0, source })?;
+    let length = checked(body.len())?;
+    let mut frame = Vec::with_capacity(4 + body.len());
+    frame.extend_from_slice(&length.to_le_bytes());
+    frame.extend_from_slice(&body);
+    Ok(frame)
+}
+
+/// The body's length, from a frame's first four bytes.
+pub fn body_length(head: [u8; 4]) -> Result<usize, WireError> {
+    checked(u32::from_le_bytes(head) as usize).map(|length| length as usize)
+}
+
+pub fn decode(body: &[u8]) -> Result<Message, WireError> {
+    let length = body.len();
+    let malformed = |source| WireError::Malformed { length, source };
+    let (message, rest) = postcard::take_from_bytes(body).map_err(malformed)?;
+    if rest.is_empty() { Ok(message) } else { Err(malformed(postcard::Error::DeserializeBadEncoding)) }
+}
+
+fn checked(length: usize) -> Result<u32, WireError> {
+    if length > MAX_FRAME { Err(WireError::TooLong { length }) } else { Ok(length as u32) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tuple() -> Tuple {
+        Tuple { local: "10.244.1.9:40000".parse().unwrap(), remote: "10.244.2.9:80".parse().unwrap() }
+    }
+
+    fn messages() -> Vec<Message> {
+        let (conn, tuple, direction) = (ConnId(7), tuple(), Direction::ToHost);
+        vec![
+            Message::Know { tuple, declined: Some(Refusal::NoRuleMatches), answer: true },
+            Message::Ask { tuple, direction: Direction::ToOverlay, cause: Cause::Stop },
+            Message::Offer { conn, tuple: tuple.reversed(), direction, cause: Cause::Rules },
+            Message::Refuse { conn, reason: Refusal::IoUring },
+            Message::Accept { conn, path: Some((tuple.local, Token([3; TOKEN]))) },
+            Message::Begin { conn },
+            Message::Cancel { conn, reason: Refusal::Stopping },
+            Message::Relay { conn, message: vec![1, 2, 3] },
+        ]
+    }
+
+    #[test]
+    fn every_message_comes_back_as_it_was_sent() {
+        for message in messages() {
+            let frame = encode(&message).unwrap();
+            let (head, body) = frame.split_first_chunk().unwrap();
+            assert_eq!(body_length(*head).unwrap(), body.len());
+            assert_eq!(decode(body).unwrap(), message);
+        }
+    }
+
+    #[test]
+    fn a_message_that_is_cut_or_too_long_is_malformed() {
+        for message in messages() {
+            let body = &encode(&message).unwrap()[4..];
+            assert!(decode(&body[..body.len() - 1]).is_err(), "{message:?}");
+            assert!(decode(&[body, &[0]].concat()).is_err(), "{message:?}");
+        }
+    }
+
+    #[test]
+    fn a_length_beyond_the_bound_is_refused_before_anything_is_read() {
+        assert!(matches!(body_length([0xff; 4]), Err(WireError::TooLong { length: 0xffff_ffff })));
+        assert!(body_length((MAX_FRAME as u32).to_le_bytes()).is_ok());
+    }
+
+    #[test]
+    fn other_programs_and_other_versions_are_told_apart() {
+        assert!(check_preamble(preamble()).is_ok());
+        assert!(matches!(check_preamble(*b"GET / HT"), Err(WireError::NoRouter { .. })));
+        let mut next = preamble();
+        next[4..6].copy_from_slice(&(VERSION + 1).to_le_bytes());
+        assert!(
+            matches!(check_preamble(next), Err(WireError::Version { received }) if received == VERSION + 1)
+        );
+    }
+
+    #[test]
+    fn exactly_one_end_decides() {
+        assert!(tuple().decides());
+        assert!(!tuple().reversed().decides());
+        let same = Tuple { local: "10.0.0.1:2".parse().unwrap(), remote: "10.0.0.1:10".parse().unwrap() };
+        assert!(same.decides());
+    }
+
+    #[test]
+    fn a_token_is_not_shown() {
+        assert_eq!(format!("{:?}", Token([7; TOKEN])), "Token(..)");
+    }
+}

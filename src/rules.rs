@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Which connections are to be swapped: the rules, read from a ConfigMap, and how a connection is held against them.
+//!
+//! Label rules are filters and come first: a container passes if its pod carries any of the `podLabel`s, and itself
+//! any of the `containerLabel`s, asked for; a kind without a rule lets all through. Then the `cidr` rules: any that
+//! has the server's address in `from` and the client's in `to` lets the connection be swapped; no cidr rule lets all
+//! through. Both routers of a connection must say yes.
+//!
+//! Pure but for [`RuleSet::load`].
+
+mod parse;
+mod source;
+#[cfg(test)]
+mod tests;
+
+use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
+
+use ipnetwork::IpNetwork;
+
+/// One rule, as a key of the ConfigMap holds it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rule {
+    /// The key.
+    pub key: String,
+    pub kind: Kind,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Server in `from`, client in `to`; no network means any address. `reverse`: also the other way round.
+    Cidr {
+        from: Option<IpNetwork>,
+        to: Option<IpNetwork>,
+        reverse: bool,
+    },
+    PodLabel {
+        name: String,
+        value: String,
+    },
+    ContainerLabel {
+        name: String,
+        value: String,
+    },
+}
+
+/// Why rules could not be read. The message is one line, for the operator.
+#[derive(Debug, thiserror::Error)]
+pub enum RuleError {
+    #[error("{path}: cannot be read: {source}", path = path.display())]
+    Unreadable { path: PathBuf, source: std::io::Error },
+    #[error("{path}: not a ConfigMap manifest: {reason}", path = path.display())]
+    Manifest { path: PathBuf, reason: String },
+    #[error("{path}:{line}: rule {key}: {reason}", path = path.display())]
+    Rule { path: PathBuf, line: usize, key: String, reason: String },
+}
+
+/// A connection to be held against the rules, as one end sees it.
+#[derive(Clone, Copy, Debug)]
+pub struct Candidate<'a> {
+    pub server: IpAddr,
+    pub client: IpAddr,
+    /// Of the container at this end.
+    pub pod_labels: &'a BTreeMap<String, String>,
+    pub container_labels: &'a BTreeMap<String, String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    Swap,
+    /// Leave it where it is, because.
+    Leave {
+        why: String,
+    },
+}
+
+/// All rules in force.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RuleSet {
+    rules: Vec<Rule>,
+}
+
+impl RuleSet {
+    pub fn len(&self) -> usize {
+        self.rules.len()
+    }
+
+    pub fn decide(&self, candidate: &Candidate<'_>) -> Verdict {
+        let pod_labels = self.rules.iter().filter_map(|rule| match &rule.kind {
+            Kind::PodLabel { name, value } => Some((name, value)),
+            Kind::Cidr { .. } | Kind::ContainerLabel { .. } => None,
+        });
+        let container_labels = self.rules.iter().filter_map(|rule| match &rule.kind {
+            Kind::ContainerLabel { name, value } => Some((name, value)),
+            Kind::Cidr { .. } | Kind::PodLabel { .. } => None,
+        });
+        let filters = [
+            ("pod", pod_labels.collect::<Vec<_>>(), candidate.pod_labels),
+            ("container", container_labels.collect(), candidate.container_labels),
+        ];
+        for (what, wanted, labels) in filters {
+            if !wanted.is_empty() && !wanted.iter().any(|(name, value)| labels.get(*name) == Some(*value)) {
+                let wanted: Vec<String> =
+                    wanted.iter().map(|(name, value)| format!("{name}={value}")).collect();
+                return Verdict::Leave { why: format!("the {what} carries none of: {}", wanted.join(", ")) };
+            }
+        }
+        self.decide_by_address(candidate)
+    }
+
+    fn decide_by_address(&self, candidate: &Candidate<'_>) -> Verdict {
+        let mut any = false;
+        for rule in &self.rules {
+            let Kind::Cidr { from, to, reverse } = &rule.kind else { continue };
+            any = true;
+            let holds = |network: &Option<IpNetwork>, address| {
+                network.is_none_or(|network| network.contains(address))
+            };
+            let matches = |server, client| holds(from, server) && holds(to, client);
+            if matches(candidate.server, candidate.client)
+                || (*reverse && matches(candidate.client, candidate.server))
+            {
+                return Verdict::Swap;
+            }
+        }
+        if any {
+            let why = format!("no cidr rule has server {} and client {}", candidate.server, candidate.client);
+            Verdict::Leave { why }
+        } else {
+            Verdict::Swap
+        }
+    }
+}
+
+/// Loopback, link-local and unspecified addresses, and those of the host itself, are never swapped, whatever the
+/// rules say.
+pub fn is_never_swapped(address: IpAddr, host_addresses: &[IpAddr]) -> bool {
+    let special = match address {
+        IpAddr::V4(v4) => v4.is_loopback() || v4.is_link_local() || v4.is_unspecified() || v4.is_multicast(),
+        IpAddr::V6(v6) => {
+            v6.is_loopback() || v6.is_unicast_link_local() || v6.is_unspecified() || v6.is_multicast()
+        }
+    };
+    special || host_addresses.contains(&address)
+}

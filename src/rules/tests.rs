@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+use std::path::Path;
+
+use super::{Kind::*, *};
+
+fn labels(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+    pairs.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect()
+}
+
+fn rules(texts: &[&str]) -> RuleSet {
+    let rule = |text: &&str| Rule { key: "r".into(), kind: parse::rule(text).unwrap() };
+    RuleSet { rules: texts.iter().map(rule).collect() }
+}
+
+/// Does the connection from `client` to `server`, of a container with these pod labels, get swapped?
+fn check(texts: &[&str], client: &str, server: &str, pod: &[(&str, &str)], expected: bool) {
+    let (pod_labels, container_labels) = (labels(pod), labels(&[("tier", "db")]));
+    let candidate = Candidate {
+        server: server.parse().unwrap(),
+        client: client.parse().unwrap(),
+        pod_labels: &pod_labels,
+        container_labels: &container_labels,
+    };
+    let verdict = rules(texts).decide(&candidate);
+    assert_eq!(verdict == Verdict::Swap, expected, "{texts:?} {client} -> {server}: {verdict:?}");
+}
+
+fn check_wrong(text: &str, line: usize, reason: &str) {
+    let wrong = parse::rule(text).unwrap_err();
+    assert_eq!((wrong.line, wrong.reason.contains(reason)), (line, true), "{text:?}: {wrong:?}");
+}
+
+#[test]
+fn without_rules_every_connection_may_be_swapped() {
+    check(&[], "10.0.0.1", "10.0.0.2", &[], true);
+}
+
+#[test]
+fn from_is_the_server_and_to_is_the_client() {
+    let rule = &["type=cidr\nfrom=10.1.0.0/16\nto=10.2.0.0/16"];
+    check(rule, "10.2.0.1", "10.1.0.1", &[], true);
+    check(rule, "10.1.0.1", "10.2.0.1", &[], false);
+}
+
+#[test]
+fn a_reverse_rule_holds_in_both_directions() {
+    let rule = &["type=cidr\nfrom=10.1.0.0/16\nto=10.2.0.0/16\nreverse=True"];
+    check(rule, "10.2.0.1", "10.1.0.1", &[], true);
+    check(rule, "10.1.0.1", "10.2.0.1", &[], true);
+    check(rule, "10.1.0.1", "10.3.0.1", &[], false);
+}
+
+#[test]
+fn a_range_that_is_left_out_is_every_address() {
+    check(&["type=cidr\nfrom=10.1.0.0/16"], "192.0.2.1", "10.1.0.1", &[], true);
+    check(&["type=cidr"], "fd00::1", "fd00::2", &[], true);
+}
+
+#[test]
+fn ranges_of_one_family_hold_no_address_of_the_other() {
+    check(&["type=cidr\nfrom=0.0.0.0/0"], "fd00::1", "fd00::2", &[], false);
+    check(&["type=cidr\nfrom=fd00::/8\nto=fd00::/8"], "fd00::1", "fd00::2", &[], true);
+}
+
+#[test]
+fn any_cidr_rule_suffices() {
+    let two = &["type=cidr\nfrom=10.1.0.0/16", "type=cidr\nfrom=10.2.0.0/16"];
+    check(two, "10.9.0.1", "10.2.0.1", &[], true);
+}
+
+#[test]
+fn label_rules_filter_before_addresses_are_looked_at() {
+    let rule = &["type=podLabel\nname=app\nvalue=shop", "type=cidr\nfrom=10.0.0.0/8"];
+    check(rule, "10.0.0.1", "10.0.0.2", &[("app", "shop")], true);
+    check(rule, "10.0.0.1", "10.0.0.2", &[("app", "mail")], false);
+    check(rule, "10.0.0.1", "192.0.2.1", &[("app", "shop")], false);
+}
+
+#[test]
+fn of_one_kind_any_label_suffices_and_both_kinds_must_be_met() {
+    let pods = ["type=podLabel\nname=app\nvalue=shop", "type=podLabel\nname=app\nvalue=mail"];
+    check(&pods, "10.0.0.1", "10.0.0.2", &[("app", "mail")], true);
+    let both = [pods[0], "type=containerLabel\nname=tier\nvalue=web"];
+    check(&both, "10.0.0.1", "10.0.0.2", &[("app", "shop")], false);
+    let both = [pods[0], "type=containerLabel\nname=tier\nvalue=db"];
+    check(&both, "10.0.0.1", "10.0.0.2", &[("app", "shop")], true);
+}
+
+#[test]
+fn values_may_be_quoted() {
+    let expected = Cidr { from: Some("10.0.0.0/8".parse().unwrap()), to: None, reverse: false };
+    for text in [
+        "type=cidr\nfrom=10.0.0.0/8",
+        "type=\"cidr\"\nfrom=\"10.0.0.0/8\"",
+        "type='cidr'\n\n# c\nfrom = '10.0.0.0/8'",
+    ] {
+        assert_eq!(parse::rule(text), Ok(expected.clone()), "{text:?}");
+    }
+}
+
+#[test]
+fn what_is_wrong_with_a_rule_is_named_with_its_line() {
+    check_wrong("from=10.0.0.0/8", 0, "has no `type`");
+    check_wrong("type=nodeLabel", 1, "type `nodeLabel` is not known");
+    check_wrong("type=cidr\nfrom=10.0.0/8", 2, "from=10.0.0/8");
+    check_wrong("type=cidr\nreverse=maybe", 2, "expected true or false");
+    check_wrong("type=cidr\nvalue=app", 2, "does not belong to type=cidr");
+    check_wrong("type=cidr\nfrmo=10.0.0.0/8", 2, "`frmo` is no key");
+    check_wrong("type=cidr\ntype=cidr", 2, "given twice");
+    check_wrong("type=podLabel\nname=app", 0, "has no `value`");
+    check_wrong("type=podLabel\nname=\nvalue=x", 2, "`name` is empty");
+    check_wrong("hello", 1, "expected a line like key=value");
+}
+
+#[test]
+fn a_bad_rule_of_a_manifest_is_named_with_file_and_line() {
+    let text = "kind: ConfigMap\ndata:\n  good: |\n    type=cidr\n  bad: |\n    type=cidr\n    to=nowhere\n";
+    let error = source::manifest(Path::new("rules.yaml"), text).unwrap_err().to_string();
+    assert!(error.starts_with("rules.yaml:7: rule bad: to=nowhere"), "{error}");
+}
+
+#[test]
+fn a_mounted_config_map_is_read_one_file_a_rule() {
+    let mount = tempfile::tempdir().unwrap();
+    let version = mount.path().join("..2026_11_21");
+    std::fs::create_dir(&version).unwrap();
+    std::fs::write(version.join("r0"), "type=podLabel\nname=app\nvalue=iperf3\n").unwrap();
+    std::os::unix::fs::symlink("..2026_11_21", mount.path().join("..data")).unwrap();
+    std::os::unix::fs::symlink("..data/r0", mount.path().join("r0")).unwrap();
+    let loaded = RuleSet::load(mount.path()).unwrap();
+    assert_eq!(
+        loaded.rules,
+        [Rule { key: "r0".into(), kind: PodLabel { name: "app".into(), value: "iperf3".into() } }]
+    );
+}
+
+#[test]
+fn the_rules_that_come_with_the_project_can_be_loaded() {
+    for entry in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/rules")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "yaml") {
+            RuleSet::load(&path).unwrap();
+        }
+    }
+}
+
+#[test]
+fn loopback_and_host_addresses_are_never_swapped() {
+    let host = ["192.0.2.7".parse().unwrap()];
+    let check =
+        |address: &str, expected| assert_eq!(is_never_swapped(address.parse().unwrap(), &host), expected);
+    check("127.0.0.1", true);
+    check("::1", true);
+    check("fe80::1", true);
+    check("192.0.2.7", true);
+    check("10.244.1.10", false);
+}

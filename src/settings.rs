@@ -1,0 +1,237 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The command line and the environment. Each setting is a flag and a variable of the same name; the flag wins.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use forwarder_api::ConnId;
+use log::LevelFilter;
+
+/// Moves live TCP connections of containers off the overlay network and onto the hosts' own network.
+#[derive(Parser)]
+#[command(version, args_conflicts_with_subcommands = true)]
+pub struct Arguments {
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    #[command(flatten)]
+    pub run: Settings,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Run the router (the default).
+    Run(Settings),
+    /// Is the router up, which tracing does it use, how many connections are swapped, how many refused and why.
+    Status(Question),
+    /// The connections that the router knows: path, age, bytes, pause of the swap, reason if refused.
+    Flows(Question),
+    /// Move one connection onto the host network now.
+    Swap {
+        /// As `router flows` names it.
+        conn: Conn,
+        #[command(flatten)]
+        control: Control,
+    },
+    /// Move a connection, or all, back to the overlay, and leave it there until `router swap`.
+    SwapBack {
+        /// As `router flows` names it.
+        #[arg(required_unless_present = "all")]
+        conn: Option<Conn>,
+        /// All connections that are swapped.
+        #[arg(long, conflicts_with = "conn")]
+        all: bool,
+        #[command(flatten)]
+        control: Control,
+    },
+    /// Does this host have what the router needs? Each line says ok, or what to do.
+    Check(Settings),
+    /// Print the connections that containers make and accept, until interrupted. Nothing is swapped.
+    Trace(Settings),
+}
+
+#[derive(Args)]
+pub struct Question {
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub control: Control,
+}
+
+#[derive(Args)]
+pub struct Control {
+    /// Unix socket of the running router.
+    #[arg(long = "control", env = "ROUTER_CONTROL", default_value = CONTROL, value_name = "PATH")]
+    pub path: PathBuf,
+}
+
+const CONTROL: &str = "/run/ebpf-router/router.sock";
+
+/// How the router is to run.
+#[derive(Args, Clone, Debug)]
+pub struct Settings {
+    /// Interface of the overlay network, such as flannel.1 or tunl0: routes through it tell where a peer is.
+    #[arg(long, env = "OVERLAY_IF", value_name = "NAME", default_value = "")]
+    pub overlay_if: String,
+
+    /// Interface of the hosts' own network: its IPv4 address is where swapped connections come and go.
+    #[arg(long, env = "HOST_IF", value_name = "NAME", default_value = "")]
+    pub host_if: String,
+
+    /// TCP port on which routers speak to each other, the same on all hosts.
+    #[arg(long, env = "ROUTER_PORT", default_value_t = 1234, value_name = "PORT",
+          value_parser = clap::value_parser!(u16).range(1..))]
+    pub router_port: u16,
+
+    /// How much to log: ERROR, WARNING, INFO or DEBUG.
+    #[arg(long = "loglevel", env = "ROUTER_LOGLEVEL", default_value = "INFO", value_name = "LEVEL", value_parser = log_level)]
+    pub log_level: LevelFilter,
+
+    /// Rules: a directory with one file a rule (a mounted ConfigMap) or a ConfigMap's manifest.
+    #[arg(long, env = "ROUTER_RULES", default_value = "/etc/rules", value_name = "PATH")]
+    pub rules: PathBuf,
+
+    /// YAML file that names containers and gives them labels, by cgroup.
+    #[arg(long, env = "ROUTER_LABELS", value_name = "FILE")]
+    pub labels: Option<PathBuf>,
+
+    /// YAML file that says which host holds which overlay addresses; asked before the routes of OVERLAY_IF.
+    #[arg(long, env = "ROUTER_PEERS", value_name = "FILE")]
+    pub peers: Option<PathBuf>,
+
+    /// Unix socket of this host's forwarder.
+    #[arg(
+        long,
+        env = "ROUTER_FORWARDER",
+        default_value = "/run/ebpf-router/forwarder.sock",
+        value_name = "PATH"
+    )]
+    pub forwarder: PathBuf,
+
+    /// Unix socket on which `router status` and the other commands find this router; made with mode 0600.
+    #[arg(long, env = "ROUTER_CONTROL", default_value = CONTROL, value_name = "PATH")]
+    pub control: PathBuf,
+
+    /// Directory of the cgroup (v2) that holds this host's containers and this router; without it, the whole host.
+    #[arg(long, env = "ROUTER_CGROUP", value_name = "PATH")]
+    pub cgroup: Option<PathBuf>,
+
+    /// Directory on a bpf file system for what must outlive the router: the addresses that swapped sockets show.
+    #[arg(long, env = "ROUTER_PINS", default_value = "/sys/fs/bpf/ebpf-router", value_name = "PATH")]
+    pub pins: PathBuf,
+
+    /// When stopped, leave connections on the host network. Without it, all go back to the overlay.
+    #[arg(long, env = "ROUTER_LEAVE", num_args = 0..=1, default_missing_value = "true", default_value = "false",
+          value_name = "true|false", action = clap::ArgAction::Set)]
+    pub leave: bool,
+
+    /// How long an application may stand still in one swap, milliseconds.
+    #[arg(long, env = "FREEZE_BUDGET_MS", default_value_t = 100, value_name = "MS",
+          value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub freeze_budget_ms: u32,
+}
+
+/// A connection's name on the command line.
+#[derive(Clone, Copy)]
+pub struct Conn(pub ConnId);
+
+impl std::str::FromStr for Conn {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Conn, String> {
+        let digits = text.len() == 16 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+        let number = if digits { u64::from_str_radix(text, 16).ok() } else { None };
+        number
+            .map(|number| Conn(ConnId(number)))
+            .ok_or_else(|| "expected 16 hexadecimal digits, as in the column CONN of `router flows`".into())
+    }
+}
+
+fn log_level(text: &str) -> Result<LevelFilter, String> {
+    match text {
+        "ERROR" => Ok(LevelFilter::Error),
+        "WARNING" => Ok(LevelFilter::Warn),
+        "INFO" => Ok(LevelFilter::Info),
+        "DEBUG" => Ok(LevelFilter::Debug),
+        _ => Err("expected ERROR, WARNING, INFO or DEBUG".into()),
+    }
+}
+
+/// A setting that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum SettingError {
+    #[error("{name} is not set: give the name of an interface, as `ip link` shows it ({example})")]
+    Missing { name: &'static str, example: &'static str },
+    #[error(
+        "no cgroup2 is mounted: mount it (mount -t cgroup2 none /sys/fs/cgroup/unified), or give --cgroup"
+    )]
+    NoCgroup2,
+}
+
+impl Settings {
+    /// What has no default must be there.
+    pub fn complete(&self) -> Result<(), SettingError> {
+        for (name, value, example) in [
+            ("OVERLAY_IF", &self.overlay_if, "flannel.1, vxlan.calico, tunl0"),
+            ("HOST_IF", &self.host_if, "eth0, ens5"),
+        ] {
+            if value.is_empty() {
+                return Err(SettingError::Missing { name, example });
+            }
+        }
+        Ok(())
+    }
+
+    pub fn scope(&self) -> Result<PathBuf, SettingError> {
+        self.cgroup.clone().or_else(cgroup2_mount).ok_or(SettingError::NoCgroup2)
+    }
+}
+
+/// Where the version 2 hierarchy is mounted: alone, or beside version 1.
+pub fn cgroup2_mount() -> Option<PathBuf> {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").ok()?;
+    mounts.lines().find_map(|line| {
+        let mut fields = line.split(' ').skip(1);
+        let (path, kind) = (fields.next()?, fields.next()?);
+        (kind == "cgroup2").then(|| PathBuf::from(path))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory, Parser};
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn run_is_the_default_command() {
+        let parsed = Arguments::try_parse_from(["router", "--overlay-if", "flannel.1"]).unwrap();
+        assert!(parsed.command.is_none());
+        assert_eq!(parsed.run.overlay_if, "flannel.1");
+    }
+
+    #[test]
+    fn a_flag_without_a_value_leaves_connections() {
+        assert!(Arguments::try_parse_from(["router", "--leave"]).unwrap().run.leave);
+        assert!(!Arguments::try_parse_from(["router"]).unwrap().run.leave);
+    }
+
+    #[test]
+    fn a_connection_is_named_by_sixteen_digits() {
+        assert_eq!("00000000000000ff".parse::<Conn>().map(|conn| conn.0), Ok(ConnId(255)));
+        assert!("ff".parse::<Conn>().is_err());
+        assert!("+0000000000000ff".parse::<Conn>().is_err());
+    }
+
+    #[test]
+    fn an_unknown_log_level_is_named_with_what_is_expected() {
+        let Err(error) = Arguments::try_parse_from(["router", "--loglevel", "LOUD"]) else { panic!() };
+        let error = error.to_string();
+        assert!(error.contains("LOUD") && error.contains("expected ERROR"), "{error}");
+    }
+}
