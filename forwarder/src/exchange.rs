@@ -85,7 +85,7 @@ pub fn look(old: BorrowedFd<'_>, facts: &SocketFacts, with_unread: bool) -> Resu
         return Err(Refusal::TooManyUnreadBytes);
     }
     let unread = if with_unread || unread <= SMALL_UNREAD { Some(peek(old, unread)?) } else { None };
-    Ok(Look { write_seq: facts.write_seq, snd_una: facts.snd_una, rcv_nxt: facts.rcv_nxt, unread })
+    Ok(Look { write_seq: facts.write_seq, rcv_nxt: facts.rcv_nxt, unread })
 }
 
 /// The first `length` unread bytes, left where they are.

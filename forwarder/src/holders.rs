@@ -87,10 +87,10 @@ pub fn plan(
     if facts.watchers_left_out {
         return Err(Refusal::EpollUnreachable);
     }
+    if has_fired_one_shot(facts) {
+        return Err(Refusal::OneShotFired);
+    }
     for watcher in &facts.watchers {
-        if has_fired(watcher.events) {
-            return Err(Refusal::OneShotFired);
-        }
         let fd = RemoteFd(watcher.fd as i32);
         // A registration is named by set and descriptor: somebody must have both.
         let (table, epoll) = holders
@@ -119,6 +119,11 @@ pub fn plan(
 /// EP_PRIVATE_BITS of fs/eventpoll.c: all that is left of a one-shot registration that has fired.
 const PRIVATE_BITS: u32 =
     (libc::EPOLLWAKEUP | libc::EPOLLONESHOT | libc::EPOLLET | libc::EPOLLEXCLUSIVE) as u32;
+
+/// A registration that has fired cannot be made anew: EPOLL_CTL_ADD always arms EPOLLERR and EPOLLHUP.
+pub fn has_fired_one_shot(facts: &SocketFacts) -> bool {
+    facts.watchers.iter().any(|watcher| has_fired(watcher.events))
+}
 
 fn has_fired(events: u32) -> bool {
     events & libc::EPOLLONESHOT as u32 != 0 && events & !PRIVATE_BITS == 0

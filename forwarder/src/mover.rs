@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use forwarder_api::{ConnId, Direction, Moved, Outcome, Refusal, Role, SocketInode};
+use forwarder_api::{Direction, Moved, Outcome, Refusal, Role, SocketInode};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
@@ -26,6 +26,7 @@ use nix::{
 use crate::{
     exchange::{Armed, Substitution, discard, facts_while_frozen, look},
     freeze::Frozen,
+    holders::has_fired_one_shot,
     inspect::{Inspector, SocketFacts, TCP_ESTABLISHED},
     options::{ReceiveRoom, Shallow},
     site::{Parked, Prepared, PreparedEnd, Site, locked, report, tgids_of},
@@ -44,6 +45,11 @@ const SETTLE_POLL: Duration = Duration::from_micros(30);
 const WAIT_FOR_FREEZE: Duration = Duration::from_secs(5);
 const FOLLOWER_SILENCE: Duration = Duration::from_secs(3);
 const DECIDER_SILENCE: Duration = Duration::from_secs(1);
+
+/// An application that is handling a one-shot event is let go for so long, to come to its end with it. A decider does
+/// so for a while; a follower longer, because it runs dry when its decider stands still.
+const RECESS: Duration = Duration::from_micros(150);
+const DECIDER_RECESSES: Duration = Duration::from_millis(20);
 
 /// Of include/net/sock.h.
 const RCV_SHUTDOWN: u32 = 1;
@@ -381,15 +387,27 @@ impl Running<'_> {
     fn freeze(&mut self) -> Result<Look, Refusal> {
         self.silence_ends = None;
         let tgids = &self.end.holders.tgids;
-        self.times.began = Some(Instant::now());
-        let frozen = Frozen::freeze(tgids, Instant::now() + self.mover.budget);
-        self.times.thawed = Some(Instant::now());
-        let frozen = frozen?;
-        self.times.frozen = Some(Instant::now());
-        self.threads = frozen.threads() as u32;
-        let facts = facts_while_frozen(self.end, &frozen, &self.inspector);
-        self.frozen = Some(frozen);
-        let facts = facts?;
+        let patience = match self.mover.role {
+            Role::Decider => DECIDER_RECESSES,
+            Role::Follower => self.mover.budget / 2,
+        };
+        let deadline = Instant::now() + patience;
+        let facts = loop {
+            self.times.began = Some(Instant::now());
+            let frozen = Frozen::freeze(tgids, Instant::now() + self.mover.budget);
+            self.times.thawed = Some(Instant::now());
+            let frozen = frozen?;
+            self.times.frozen = Some(Instant::now());
+            self.threads = frozen.threads() as u32;
+            let facts = facts_while_frozen(self.end, &frozen, &self.inspector);
+            if facts.as_ref().is_ok_and(has_fired_one_shot) && Instant::now() + RECESS < deadline {
+                self.times.thawed = Some(frozen.thaw());
+                std::thread::sleep(RECESS);
+                continue;
+            }
+            self.frozen = Some(frozen);
+            break facts?;
+        };
         let look = look(self.end.old.as_fd(), &facts, false)?;
         self.facts = Some(facts);
         Ok(look)

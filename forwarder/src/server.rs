@@ -8,7 +8,7 @@
 //! is waiting for.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, VecDeque, hash_map::Entry},
     io::{self, IoSliceMut, Write},
     net::Shutdown,
     os::{
@@ -33,7 +33,7 @@ use crate::{
     inspect::{Descriptor, Kind, TCP_LISTEN},
     mover::{Finished, Mailbox, Remote, new_sockets, run_local},
     process::Tgid,
-    site::{Prepared, Site, locked, report},
+    site::{Prepared, Site, locked},
     transaction,
 };
 
@@ -182,7 +182,13 @@ impl Session {
                     }
                 };
                 let connection = Connection { direction, mailbox, prepared: None, cancelled: false };
-                locked(&self.connections).insert(conn, connection);
+                match locked(&self.connections).entry(conn) {
+                    Entry::Vacant(entry) => drop(entry.insert(connection)),
+                    // An earlier attempt is not over yet.
+                    Entry::Occupied(_) => {
+                        return self.send(&Event::Refused { conn, reason: Refusal::HolderBusy });
+                    }
+                }
                 let session = Arc::clone(self);
                 self.spawn("prepare", Some(conn), move || {
                     let result = session.site.prepare(conn, direction, target);
@@ -209,7 +215,8 @@ impl Session {
                     connection.prepared = Some(prepared);
                     Event::Prepared { conn }
                 }
-                Some(_) | None => Event::Refused { conn, reason: Refusal::Stopping },
+                // Cancelled in the meantime: whoever asks again hears of it, too.
+                Some(_) | None => Event::Refused { conn, reason: Refusal::HolderBusy },
             },
             Err(reason) => Event::Refused { conn, reason },
         };

@@ -41,7 +41,6 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Look {
     pub write_seq: u32,
-    pub snd_una: u32,
     pub rcv_nxt: u32,
     /// What the application has not read yet, if it was taken along with this look.
     pub unread: Option<Vec<u8>>,
@@ -555,7 +554,9 @@ impl End {
 /// How two looks relate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Relation {
-    /// Invariant 2 holds: nothing is in flight, and these are the ends of one connection.
+    /// Each end has received all that the other has written, and the numbers say that these are the ends of one
+    /// connection. An acknowledgement may still be on its way: it changes nothing for the application, and a delayed
+    /// one takes 40 ms.
     Settled,
     /// These may be the ends of one connection, with bytes between them.
     InFlight,
@@ -565,25 +566,18 @@ pub enum Relation {
 
 /// Nothing will change in `mine` any more, and all of it is known: `peer` is frozen and wrote so much.
 fn is_last(mine: &Look, peer: &Look) -> bool {
-    mine.snd_una == mine.write_seq && mine.rcv_nxt == peer.write_seq && mine.unread.is_some()
+    mine.rcv_nxt == peer.write_seq && mine.unread.is_some()
 }
 
 /// More than TCP can have in flight (the largest scaled window is 1 GiB).
 const MAX_IN_FLIGHT: u32 = 1 << 30;
 
 pub fn relation(a: &Look, b: &Look) -> Relation {
-    let one_way = |from: &Look, to: &Look| {
-        let unreceived = from.write_seq.wrapping_sub(to.rcv_nxt);
-        let unacknowledged = from.write_seq.wrapping_sub(from.snd_una);
-        // The two looks are not of one moment: an old `snd_una` may lag behind, an old `rcv_nxt` too. But nobody
-        // has received what was not written.
-        if unreceived > MAX_IN_FLIGHT || unacknowledged > MAX_IN_FLIGHT {
-            Relation::Strangers
-        } else if unreceived == 0 && unacknowledged == 0 {
-            Relation::Settled
-        } else {
-            Relation::InFlight
-        }
+    // The two looks are not of one moment: an old `rcv_nxt` may lag behind. But nobody has received what was not written.
+    let one_way = |from: &Look, to: &Look| match from.write_seq.wrapping_sub(to.rcv_nxt) {
+        0 => Relation::Settled,
+        1..=MAX_IN_FLIGHT => Relation::InFlight,
+        _ => Relation::Strangers,
     };
     match (one_way(a, b), one_way(b, a)) {
         (Relation::Strangers, _) | (_, Relation::Strangers) => Relation::Strangers,

@@ -35,10 +35,10 @@ impl Coordinator {
             Action::ConnectLocal { conn, v6 } => {
                 self.make(conn, async move { Ok(HostPath::within_host(v6).await?.into()) });
             }
-            Action::Accept { conn, v6, peer } => match self.host_path.expect(conn, v6) {
-                Ok(path) => self.tell(peer, Message::Accept { conn, path: Some(path) }),
+            Action::Accept { attempted, v6, peer } => match self.host_path.expect(attempted.conn, v6) {
+                Ok(path) => self.tell(peer, Message::Accept { attempted, path: Some(path) }),
                 // Nobody will come, and the negotiation ends by itself.
-                Err(error) => log::error!("{conn}: no token can be made: {error}"),
+                Err(error) => log::error!("{}: no token can be made: {error}", attempted.conn),
             },
             Action::DropPath(conn) => {
                 self.host_path.forget(conn);

@@ -60,8 +60,8 @@ pub struct Order {
 pub struct Attempt {
     pub negotiation: Negotiation,
     pub cause: Cause,
-    /// The number that the host socket will carry.
-    pub swap: u64,
+    /// Given by the decider; its host sockets carry it.
+    pub number: u64,
     /// Where the follower waits for the host connection.
     pub rendezvous: Option<(std::net::SocketAddr, Token)>,
 }

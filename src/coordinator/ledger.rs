@@ -16,7 +16,7 @@ use forwarder_api::{ConnId, Direction, Moved, Outcome, PrepareTarget, Refusal, R
 use super::{
     flow::{Attempt, Flow, FlowView, Home, Note, OnHost, Order, Path, PeerSays},
     negotiation::{Input, Negotiation, Next, Output, Part},
-    wire::{Cause, Message, Token, Tuple},
+    wire::{Attempted, Cause, Message, Token, Tuple},
 };
 use crate::{identity::Names, peers::PeerAddress, trace::Side, workload::Workload};
 
@@ -29,7 +29,7 @@ const ORDER: Duration = Duration::from_secs(5);
 const STOP: Duration = Duration::from_secs(10);
 /// Between two tries: doubled from the first to the last. Orders do not wait longer than `ORDER_RETRY`.
 const FIRST_RETRY: Duration = Duration::from_millis(20);
-const LAST_RETRY: Duration = Duration::from_secs(30);
+const LAST_RETRY: Duration = Duration::from_secs(5);
 const ORDER_RETRY: Duration = Duration::from_millis(100);
 /// Between two times that a follower asks its decider.
 const ASK_AGAIN: Duration = Duration::from_millis(500);
@@ -118,7 +118,7 @@ pub enum Action {
     },
     /// Let the peer connect to us: tell it where and with which token. The answer is [`Event::Path`].
     Accept {
-        conn: ConnId,
+        attempted: Attempted,
         v6: bool,
         peer: PeerAddress,
     },
@@ -534,27 +534,36 @@ impl Ledger {
                     self.order(tuple, direction, cause, ORDER);
                 }
             }
-            Message::Offer { conn, tuple, direction, cause } => {
-                self.offered(peer, conn, tuple.reversed(), direction, cause);
+            Message::Offer { attempted, tuple, direction, cause } => {
+                self.offered(peer, attempted, tuple.reversed(), direction, cause);
             }
-            Message::Refuse { conn, reason } => self.step_peer(peer, conn, Input::PeerRefuses(reason)),
-            Message::Accept { conn, path } => {
-                let tuple = self.conns.get(&conn).copied();
-                let flow = tuple.and_then(|tuple| self.flows.get_mut(&tuple));
-                if let Some(attempt) = flow.and_then(|flow| flow.attempt.as_mut()) {
+            Message::Refuse { attempted, reason } => {
+                self.step_peer(peer, attempted, Input::PeerRefuses(reason));
+            }
+            Message::Accept { attempted, path } => {
+                if let Some(attempt) = self.attempt_with(peer, attempted) {
                     attempt.rendezvous = path;
+                    self.step_peer(peer, attempted, Input::PeerAccepts);
                 }
-                self.step_peer(peer, conn, Input::PeerAccepts);
             }
-            Message::Begin { conn } => self.step_peer(peer, conn, Input::PeerBegins),
-            Message::Cancel { conn, reason } => self.step_peer(peer, conn, Input::PeerCancels(reason)),
-            Message::Relay { conn, message } => {
-                let with_peer = self.conns.get(&conn).is_some_and(|tuple| self.is_with(peer, *tuple));
-                if with_peer {
+            Message::Begin { attempted } => self.step_peer(peer, attempted, Input::PeerBegins),
+            Message::Cancel { attempted, reason } => {
+                self.step_peer(peer, attempted, Input::PeerCancels(reason));
+            }
+            Message::Relay { attempted, message } => {
+                if self.attempt_with(peer, attempted).is_some() {
+                    let conn = attempted.conn;
                     self.act(Action::Forwarder(Request::FromPeer { conn, message }));
                 }
             }
         }
+    }
+
+    /// The attempt that a message of this peer is about, if that is the one under way.
+    fn attempt_with(&mut self, peer: PeerAddress, attempted: Attempted) -> Option<&mut Attempt> {
+        let tuple = *self.conns.get(&attempted.conn)?;
+        let flow = self.flows.get_mut(&tuple).filter(|flow| flow.home == Home::Peer(peer))?;
+        flow.attempt.as_mut().filter(|attempt| attempt.number == attempted.number)
     }
 
     fn is_with(&self, peer: PeerAddress, tuple: Tuple) -> bool {
@@ -596,15 +605,23 @@ impl Ledger {
         self.consider(tuple);
     }
 
-    fn offered(&mut self, peer: PeerAddress, conn: ConnId, tuple: Tuple, direction: Direction, cause: Cause) {
+    fn offered(
+        &mut self,
+        peer: PeerAddress,
+        attempted: Attempted,
+        tuple: Tuple,
+        direction: Direction,
+        cause: Cause,
+    ) {
+        let conn = attempted.conn;
         if let Err(reason) = self.may_follow(peer, conn, tuple, direction, cause) {
-            return self.act(Action::Tell(peer, Message::Refuse { conn, reason }));
+            return self.act(Action::Tell(peer, Message::Refuse { attempted, reason }));
         }
         let Some(flow) = self.flows.get_mut(&tuple) else { return };
         let old = std::mem::replace(&mut flow.conn, conn);
         self.conns.remove(&old);
         self.conns.insert(conn, tuple);
-        self.start(tuple, Part::Follower, direction, cause);
+        self.start(tuple, Part::Follower, direction, cause, attempted.number);
     }
 
     fn may_follow(
@@ -640,9 +657,10 @@ impl Ledger {
     }
 
     fn to_peer(&mut self, conn: ConnId, message: Vec<u8>) {
-        let flow = self.conns.get(&conn).and_then(|tuple| self.flows.get(tuple));
-        if let Some(Home::Peer(peer)) = flow.map(|flow| flow.home) {
-            self.act(Action::Tell(peer, Message::Relay { conn, message }));
+        let Some(flow) = self.conns.get(&conn).and_then(|tuple| self.flows.get(tuple)) else { return };
+        if let (Home::Peer(peer), Some(attempt)) = (flow.home, &flow.attempt) {
+            let attempted = Attempted { conn, number: attempt.number };
+            self.act(Action::Tell(peer, Message::Relay { attempted, message }));
         }
     }
 
@@ -760,7 +778,10 @@ impl Ledger {
                 self.act(Action::Tell(peer, Message::Ask { tuple, direction, cause }));
                 self.set_alarm(tuple, self.now + ASK_AGAIN);
             }
-            (_, Some(part)) => self.start(tuple, part, direction, cause),
+            (_, Some(part)) => {
+                let number = self.number();
+                self.start(tuple, part, direction, cause, number);
+            }
             (Home::Nowhere(reason), None) => self.order_failed(tuple, reason),
             (Home::Peer(_) | Home::SameHost, None) => {}
         }
@@ -785,11 +806,10 @@ impl Ledger {
 
     // Moves.
 
-    fn start(&mut self, tuple: Tuple, part: Part, direction: Direction, cause: Cause) {
-        let swap = self.number();
+    fn start(&mut self, tuple: Tuple, part: Part, direction: Direction, cause: Cause, number: u64) {
         let (negotiation, outputs) = Negotiation::start(part, direction);
         let Some(flow) = self.flows.get_mut(&tuple) else { return };
-        flow.attempt = Some(Attempt { negotiation, cause, swap, rendezvous: None });
+        flow.attempt = Some(Attempt { negotiation, cause, number, rendezvous: None });
         self.set_alarm(tuple, self.now + STEP);
         for output in outputs {
             self.carry_out(tuple, output);
@@ -802,9 +822,9 @@ impl Ledger {
         }
     }
 
-    fn step_peer(&mut self, peer: PeerAddress, conn: ConnId, input: Input) {
-        if self.conns.get(&conn).is_some_and(|tuple| self.is_with(peer, *tuple)) {
-            self.step_conn(conn, input);
+    fn step_peer(&mut self, peer: PeerAddress, attempted: Attempted, input: Input) {
+        if self.attempt_with(peer, attempted).is_some() {
+            self.step_conn(attempted.conn, input);
         }
     }
 
@@ -831,25 +851,27 @@ impl Ledger {
     fn carry_out(&mut self, tuple: Tuple, output: Output) {
         let Some(flow) = self.flows.get(&tuple) else { return };
         let Some(attempt) = &flow.attempt else { return };
-        let (conn, direction, cause, swap) =
-            (flow.conn, attempt.negotiation.direction, attempt.cause, attempt.swap);
+        let (conn, direction, cause) = (flow.conn, attempt.negotiation.direction, attempt.cause);
+        let attempted = Attempted { conn, number: attempt.number };
         let peer = match flow.home {
             Home::Peer(peer) => Some(peer),
             Home::SameHost | Home::Nowhere(_) => None,
         };
-        let names = |tuple: Tuple| Names { swap, local: tuple.local, remote: tuple.remote };
+        let names = |tuple: Tuple| Names { swap: attempted.number, local: tuple.local, remote: tuple.remote };
         let tell = |message| peer.map(|peer| Action::Tell(peer, message));
         let action = match output {
             Output::Prepare => {
                 let target = self.prepare_target(flow, attempt);
                 Some(Action::Forwarder(Request::Prepare { conn, direction, target }))
             }
-            Output::Offer => tell(Message::Offer { conn, tuple, direction, cause }),
-            Output::Accept if direction == Direction::ToOverlay => tell(Message::Accept { conn, path: None }),
-            Output::Accept => peer.map(|peer| Action::Accept { conn, v6: flow.v6, peer }),
-            Output::Begin => tell(Message::Begin { conn }),
-            Output::Refuse(reason) => tell(Message::Refuse { conn, reason }),
-            Output::CancelPeer(reason) => tell(Message::Cancel { conn, reason }),
+            Output::Offer => tell(Message::Offer { attempted, tuple, direction, cause }),
+            Output::Accept if direction == Direction::ToOverlay => {
+                tell(Message::Accept { attempted, path: None })
+            }
+            Output::Accept => peer.map(|peer| Action::Accept { attempted, v6: flow.v6, peer }),
+            Output::Begin => tell(Message::Begin { attempted }),
+            Output::Refuse(reason) => tell(Message::Refuse { attempted, reason }),
+            Output::CancelPeer(reason) => tell(Message::Cancel { attempted, reason }),
             Output::Connect => match (attempt.negotiation.part, attempt.rendezvous) {
                 (Part::Both, _) => {
                     let mate = self.flows.get(&tuple.reversed());
@@ -879,7 +901,7 @@ impl Ledger {
         let mate = self.flows.get(&flow.tuple.reversed());
         let mate = mate.filter(|_| attempt.negotiation.part == Part::Both);
         let ends = [Some(flow), mate].into_iter().flatten().map(Flow::noted).collect();
-        let note = postcard::to_stdvec(&Note { swap: attempt.swap, ends }).unwrap_or_default();
+        let note = postcard::to_stdvec(&Note { swap: attempt.number, ends }).unwrap_or_default();
         match mate {
             None => PrepareTarget::Remote { socket: flow.socket, note },
             Some(mate) => PrepareTarget::Local { first: flow.socket, second: mate.socket, note },
@@ -917,7 +939,7 @@ impl Ledger {
         flow.failures = 0;
         match direction {
             Direction::ToHost => {
-                flow.path = Path::Host(OnHost { swap: attempt.swap, moved: moved.clone(), way_back: true });
+                flow.path = Path::Host(OnHost { swap: attempt.number, moved: moved.clone(), way_back: true });
                 flow.socket = moved.sockets.get(index).copied().unwrap_or(flow.socket);
                 flow.reason = None;
                 flow.held = false;

@@ -49,6 +49,13 @@ impl Tuple {
     }
 }
 
+/// One negotiation of a connection, numbered by its decider: what comes late from an earlier one is told apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Attempted {
+    pub conn: ConnId,
+    pub number: u64,
+}
+
 /// Tuples are those of the sender's end.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Message {
@@ -67,31 +74,31 @@ pub enum Message {
     },
     /// Decider to follower.
     Offer {
-        conn: ConnId,
+        attempted: Attempted,
         tuple: Tuple,
         direction: Direction,
         cause: Cause,
     },
     Refuse {
-        conn: ConnId,
+        attempted: Attempted,
         reason: Refusal,
     },
     /// For `ToHost`, where to connect to and with which token.
     Accept {
-        conn: ConnId,
+        attempted: Attempted,
         path: Option<(SocketAddr, Token)>,
     },
     /// The follower has the host connection.
     Begin {
-        conn: ConnId,
+        attempted: Attempted,
     },
     Cancel {
-        conn: ConnId,
+        attempted: Attempted,
         reason: Refusal,
     },
     /// From forwarder to forwarder.
     Relay {
-        conn: ConnId,
+        attempted: Attempted,
         message: Vec<u8>,
     },
 }
@@ -176,16 +183,17 @@ mod tests {
     }
 
     fn messages() -> Vec<Message> {
-        let (conn, tuple, direction) = (ConnId(7), tuple(), Direction::ToHost);
+        let (tuple, direction) = (tuple(), Direction::ToHost);
+        let attempted = Attempted { conn: ConnId(7), number: 9 };
         vec![
             Message::Know { tuple, declined: Some(Refusal::NoRuleMatches), answer: true },
             Message::Ask { tuple, direction: Direction::ToOverlay, cause: Cause::Stop },
-            Message::Offer { conn, tuple: tuple.reversed(), direction, cause: Cause::Rules },
-            Message::Refuse { conn, reason: Refusal::IoUring },
-            Message::Accept { conn, path: Some((tuple.local, Token([3; TOKEN]))) },
-            Message::Begin { conn },
-            Message::Cancel { conn, reason: Refusal::Stopping },
-            Message::Relay { conn, message: vec![1, 2, 3] },
+            Message::Offer { attempted, tuple: tuple.reversed(), direction, cause: Cause::Rules },
+            Message::Refuse { attempted, reason: Refusal::IoUring },
+            Message::Accept { attempted, path: Some((tuple.local, Token([3; TOKEN]))) },
+            Message::Begin { attempted },
+            Message::Cancel { attempted, reason: Refusal::Stopping },
+            Message::Relay { attempted, message: vec![1, 2, 3] },
         ]
     }
 
