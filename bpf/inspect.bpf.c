@@ -139,7 +139,6 @@ static __always_inline void read_tcp(struct socket_facts *facts, struct sock *sk
 	facts->copied_seq = BPF_CORE_READ(tp, copied_seq);
 	facts->urgent = BPF_CORE_READ(tp, urg_data) != 0 ||
 			(__s32)(BPF_CORE_READ(tp, snd_up) - facts->snd_una) > 0;
-	facts->out_of_order = BPF_CORE_READ(tp, out_of_order_queue.rb_node) != NULL;
 	facts->repair = BPF_CORE_READ_BITFIELD_PROBED(tp, repair);
 	if (bpf_core_field_exists(tp->is_mptcp))
 		facts->is_mptcp = BPF_CORE_READ(tp, is_mptcp);

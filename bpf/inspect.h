@@ -36,7 +36,6 @@ struct socket_facts {
 	__u32 copied_seq;
 	__u32 shutdown;
 	__u32 urgent;
-	__u32 out_of_order;
 	__u32 is_mptcp;
 	__u32 has_ulp;
 	__u32 has_filter;

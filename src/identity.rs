@@ -19,7 +19,14 @@ use libbpf_rs::{
 
 use crate::bytes::{as_bytes, mapped};
 
-#[allow(clippy::all, clippy::pedantic, clippy::undocumented_unsafe_blocks, clippy::unwrap_used, dead_code)]
+#[allow(
+    clippy::all,
+    clippy::pedantic,
+    clippy::undocumented_unsafe_blocks,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    dead_code
+)]
 mod skeleton {
     include!(concat!(env!("OUT_DIR"), "/identity.skel.rs"));
 }

@@ -33,7 +33,14 @@ use crate::{
     identity::Identity,
 };
 
-#[allow(clippy::all, clippy::pedantic, clippy::undocumented_unsafe_blocks, clippy::unwrap_used, dead_code)]
+#[allow(
+    clippy::all,
+    clippy::pedantic,
+    clippy::undocumented_unsafe_blocks,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    dead_code
+)]
 mod skeleton {
     include!(concat!(env!("OUT_DIR"), "/connect.skel.rs"));
 }

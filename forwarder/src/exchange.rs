@@ -31,7 +31,7 @@ use crate::{
 const SMALL_UNREAD: usize = 64 << 10;
 
 /// Time for the blocks to end once the gate is open: nothing in them waits for anybody.
-const INSTALL_TIME: Duration = Duration::from_millis(500);
+const INSTALL_TIME: Duration = Duration::from_secs(5);
 
 /// What `end` looks like now, its processes frozen; an error if it cannot be moved as it is.
 pub fn facts_while_frozen(
@@ -198,9 +198,10 @@ impl Armed {
                 None => Err(Refusal::HolderVanished),
             };
             match done {
-                Ok(Done::Replaced) => {}
+                // An error: the process has ended, or its block is slow and goes to its end without us. What is past the
+                // gate cannot be called back.
+                Ok(Done::Replaced) | Err(_) => {}
                 Ok(Done::TurnedBack) => result = Err(Refusal::InjectionFailed),
-                Err(reason) => result = Err(reason),
             }
         }
         for (index, room) in self.rooms {

@@ -52,19 +52,14 @@ pub struct Frozen {
     processes: Vec<FrozenProcess>,
     /// Seized and perhaps not stopped yet: only while freezing, or after it failed.
     seized: HashMap<Tid, Tgid>,
-    began: Instant,
     _here: PhantomData<*const ()>,
 }
 
 impl Frozen {
     /// Stop all threads of `tgids` before `deadline`.
     pub fn freeze(tgids: &[Tgid], deadline: Instant) -> Result<Frozen, Refusal> {
-        let mut frozen = Frozen {
-            processes: Vec::with_capacity(tgids.len()),
-            seized: HashMap::new(),
-            began: Instant::now(),
-            _here: PhantomData,
-        };
+        let mut frozen =
+            Frozen { processes: Vec::with_capacity(tgids.len()), seized: HashMap::new(), _here: PhantomData };
         let mut stopped = HashMap::new();
         for tgid in tgids {
             frozen.seize_new_threads(*tgid)?;
@@ -97,11 +92,6 @@ impl Frozen {
 
     pub fn threads(&self) -> usize {
         self.processes.iter().map(|process| process.threads.len()).sum()
-    }
-
-    /// Since the first thread was told to stop.
-    pub fn began(&self) -> Instant {
-        self.began
     }
 
     fn seize_new_threads(&mut self, tgid: Tgid) -> Result<usize, Refusal> {

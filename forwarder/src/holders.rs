@@ -178,7 +178,6 @@ mod tests {
             copied_seq: 0,
             shutdown: 0,
             urgent: false,
-            out_of_order: false,
             mptcp: false,
             ulp: false,
             filter: false,

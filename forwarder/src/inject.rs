@@ -37,7 +37,7 @@ use nix::{
 use crate::{
     arch::{self, Call, Regs, scratch},
     freeze::{FrozenProcess, Stop, go_on, read_regs, wait_for_stop, write_regs},
-    process::{self, RemoteAddr, RemoteFd, Tgid, Tid},
+    process::{self, RemoteAddr, RemoteFd, Tid},
 };
 
 /// Everything that is done to one descriptor table, after the gate.
@@ -48,6 +48,19 @@ pub struct TablePlan {
     pub replacements: Vec<Replacement>,
     /// This table's block sends the carried bytes (see [`Lend::carried`]), after everything else.
     pub carries: bool,
+}
+
+impl TablePlan {
+    /// Is there room for it in a process's scratch memory?
+    fn fits(&self, lend: &Lend<'_>) -> bool {
+        /// All that there is once in each block: the pair, the report, the gate, and their ends.
+        const FRAME: usize = 16;
+        let descriptors = 1 + lend.sockets.len() + lend.carried.len();
+        let calls = FRAME + 2 * descriptors + 2 * self.watchers.len() + self.replacements.len();
+        calls <= scratch::MAX_CALLS
+            && self.watchers.len() <= scratch::MAX_EVENTS
+            && descriptors <= scratch::MAX_FDS
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -125,7 +138,6 @@ pub enum Done {
 
 /// A block that runs, or waits, in a thread of a frozen process.
 pub struct Block {
-    tgid: Tgid,
     tid: Tid,
     regs: Regs,
     mask: u64,
@@ -149,11 +161,13 @@ impl Block {
         gate: &Gate,
         deadline: Instant,
     ) -> Result<Block, Refusal> {
+        if !plan.fits(lend) {
+            return Err(Refusal::TooManyDescriptors);
+        }
         let lent = process.lend_thread();
         let (tid, regs) = (lent.tid, lent.regs);
         let mask = signal_mask(tid)?;
         let mut block = Block {
-            tgid: process.tgid,
             tid,
             regs,
             mask,
@@ -441,9 +455,13 @@ impl Block {
     /// Stop the thread in the block's last wait.
     fn stop_at_end(&self, deadline: Instant) -> Result<End, Refusal> {
         let waited = self.foothold.at.0 + arch::waited_offset();
+        let mut run = Duration::ZERO;
         loop {
-            // The thread may stand in a stop that was seen already (an error before the gate): let it run first.
+            // The thread may stand in a stop that was seen already (an error before the gate): let it run first. And
+            // really run: interrupted at once, it would stop again where it stands.
             let _ = go_on(libc::PTRACE_CONT, self.tid, 0);
+            std::thread::sleep(run);
+            run = STRIDE;
             let _ = ptrace::interrupt(Pid::from_raw(self.tid.0));
             match wait_for_stop(self.tid, deadline)? {
                 Stop::Gone => return Err(Refusal::HolderVanished),
@@ -470,6 +488,9 @@ enum End {
     /// Outside: we came so late that the block had restored the thread by itself.
     Left,
 }
+
+/// What a thread needs at most to get from the last report of its block into its last wait.
+const STRIDE: Duration = Duration::from_micros(50);
 
 /// Extra time to bring a thread back after a deadline has passed.
 pub const RECOVERY: Duration = Duration::from_millis(200);

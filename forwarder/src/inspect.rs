@@ -80,7 +80,6 @@ pub struct SocketFacts {
     /// RCV_SHUTDOWN | SEND_SHUTDOWN.
     pub shutdown: u32,
     pub urgent: bool,
-    pub out_of_order: bool,
     pub mptcp: bool,
     pub ulp: bool,
     pub filter: bool,
@@ -314,7 +313,6 @@ impl From<types::socket_facts> for SocketFacts {
             copied_seq: facts.copied_seq,
             shutdown: facts.shutdown,
             urgent: facts.urgent != 0,
-            out_of_order: facts.out_of_order != 0,
             mptcp: facts.is_mptcp != 0,
             ulp: facts.has_ulp != 0,
             filter: facts.has_filter != 0,

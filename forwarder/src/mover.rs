@@ -35,8 +35,8 @@ use crate::{
 
 /// A connection whose queues hold more than this is made shallow before it is frozen, in bytes.
 const CALM_BYTES: u32 = 256 << 10;
-/// How long a busy connection may take to become shallow, and how often that is looked at.
-const CALM_TIME: Duration = Duration::from_millis(20);
+/// How long a busy connection may take to become shallow (its application runs on), and how often that is looked at.
+const CALM_TIME: Duration = Duration::from_millis(50);
 const CALM_POLL: Duration = Duration::from_micros(500);
 /// Between two looks at what is in flight, while frozen.
 const SETTLE_POLL: Duration = Duration::from_micros(30);
@@ -375,9 +375,6 @@ impl Running<'_> {
                 Ok(shallow) => self.shallow = Some(shallow),
                 Err(reason) => return Some(Event::Cancel(reason)),
             }
-        }
-        if self.mover.role == Role::Follower {
-            return None;
         }
         let Some(_) = &self.shallow else { return Some(Event::Calm) };
         self.calm_by = Some(Instant::now() + CALM_TIME);

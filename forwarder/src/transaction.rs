@@ -7,8 +7,8 @@
 //!
 //! ```text
 //!              decider                                follower
-//!   Start ──► Calming                      Start ──► Waiting
-//!                │ Calm: tell Freeze                    │ Freeze
+//!   Start ──► Calming ◄───────────── Calm ─ Start ──► Waiting
+//!                │ both calm: tell Freeze               │ Freeze
 //!                ▼                                      ▼
 //!             Frozen ◄──────── looks, both ways ────► Frozen
 //!                │ settled, bytes to carry known        │ the same: arm
@@ -43,12 +43,15 @@ pub struct Look {
     pub write_seq: u32,
     pub rcv_nxt: u32,
     /// What the application has not read yet, if it was taken along with this look.
+    #[serde(with = "serde_bytes")]
     pub unread: Option<Vec<u8>>,
 }
 
 /// What one end tells the other, through the routers.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Message {
+    /// The follower's end of the old connection carries little enough, or has had its time to.
+    Calm,
     Freeze,
     Look(Look),
     /// The follower has promised to move when it sees the commit mark.
@@ -137,8 +140,11 @@ pub enum Action {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Stage {
     Idle,
-    /// Decider: the old connection is made shallow.
-    Calming,
+    /// Decider: the old connection is made shallow at both ends. Which of them are calm?
+    Calming {
+        mine: bool,
+        theirs: bool,
+    },
     /// Follower: until the decider freezes.
     Waiting,
     Freezing {
@@ -178,10 +184,6 @@ impl End {
         End { role, direction, stage: Stage::Idle }
     }
 
-    pub fn stage(&self) -> &Stage {
-        &self.stage
-    }
-
     pub fn is_over(&self) -> bool {
         self.stage == Stage::Ended
     }
@@ -197,7 +199,7 @@ impl End {
     fn next(&self, stage: Stage, event: Event) -> (Stage, Vec<Action>) {
         match stage {
             Stage::Idle => self.idle(event),
-            Stage::Calming => self.calming(event),
+            Stage::Calming { mine, theirs } => self.calming(mine, theirs, event),
             Stage::Waiting => self.waiting(event),
             Stage::Freezing { theirs } => self.freezing(theirs, event),
             Stage::Frozen { mine, theirs } => self.frozen(mine, theirs, event),
@@ -213,7 +215,7 @@ impl End {
     fn idle(&self, event: Event) -> (Stage, Vec<Action>) {
         match event {
             Event::Start => match self.role {
-                Role::Decider => (Stage::Calming, vec![Action::MakeShallow]),
+                Role::Decider => (Stage::Calming { mine: false, theirs: false }, vec![Action::MakeShallow]),
                 Role::Follower => (Stage::Waiting, vec![Action::MakeShallow]),
             },
             Event::Cancel(reason) => self.abort_unfrozen(reason),
@@ -233,11 +235,16 @@ impl End {
         }
     }
 
-    fn calming(&self, event: Event) -> (Stage, Vec<Action>) {
+    fn calming(&self, mine: bool, theirs: bool, event: Event) -> (Stage, Vec<Action>) {
         match event {
-            Event::Calm => {
+            Event::Calm if theirs => {
                 (Stage::Freezing { theirs: None }, vec![Action::Tell(Message::Freeze), Action::Freeze])
             }
+            Event::Peer(Message::Calm) if mine => {
+                (Stage::Freezing { theirs: None }, vec![Action::Tell(Message::Freeze), Action::Freeze])
+            }
+            Event::Calm => (Stage::Calming { mine: true, theirs }, vec![]),
+            Event::Peer(Message::Calm) => (Stage::Calming { mine, theirs: true }, vec![]),
             Event::Peer(Message::Abort { .. }) => self.go_back(Refusal::PeerAborted),
             Event::NewEnded => self.abort_unfrozen(Refusal::HostPathFailed),
             Event::Cancel(reason) => self.abort_unfrozen(reason),
@@ -252,23 +259,23 @@ impl End {
             | Event::InstallFailed(_)
             | Event::Mark(_)
             | Event::BudgetOver
-            | Event::SilenceOver => (Stage::Calming, vec![]),
+            | Event::SilenceOver => (Stage::Calming { mine, theirs }, vec![]),
         }
     }
 
     fn waiting(&self, event: Event) -> (Stage, Vec<Action>) {
         match event {
+            Event::Calm => (Stage::Waiting, vec![Action::Tell(Message::Calm)]),
             Event::Peer(Message::Freeze) => (Stage::Freezing { theirs: None }, vec![Action::Freeze]),
             Event::Peer(Message::Abort { .. }) => self.go_back(Refusal::PeerAborted),
             Event::NewEnded => self.abort_unfrozen(Refusal::HostPathFailed),
             Event::SilenceOver => self.abort_unfrozen(Refusal::PeerGone),
             Event::Cancel(reason) => self.abort_unfrozen(reason),
             Event::Start
-            | Event::Calm
             | Event::Frozen(_)
             | Event::FreezeFailed(_)
             | Event::Looked(_)
-            | Event::Peer(Message::Look(_) | Message::Armed | Message::Installed)
+            | Event::Peer(Message::Calm | Message::Look(_) | Message::Armed | Message::Installed)
             | Event::Armed
             | Event::ArmFailed(_)
             | Event::Installed
@@ -295,7 +302,7 @@ impl End {
             Event::Start
             | Event::Calm
             | Event::Looked(_)
-            | Event::Peer(Message::Freeze | Message::Armed | Message::Installed)
+            | Event::Peer(Message::Calm | Message::Freeze | Message::Armed | Message::Installed)
             | Event::Armed
             | Event::ArmFailed(_)
             | Event::Installed
@@ -330,7 +337,7 @@ impl End {
             | Event::Calm
             | Event::Frozen(_)
             | Event::FreezeFailed(_)
-            | Event::Peer(Message::Freeze | Message::Installed)
+            | Event::Peer(Message::Calm | Message::Freeze | Message::Installed)
             | Event::Armed
             | Event::ArmFailed(_)
             | Event::Installed
@@ -388,7 +395,7 @@ impl End {
             | Event::Frozen(_)
             | Event::FreezeFailed(_)
             | Event::Looked(_)
-            | Event::Peer(Message::Freeze | Message::Look(_) | Message::Installed)
+            | Event::Peer(Message::Calm | Message::Freeze | Message::Look(_) | Message::Installed)
             | Event::Installed
             | Event::InstallFailed(_)
             | Event::Mark(_)
@@ -408,7 +415,7 @@ impl End {
             | Event::Frozen(_)
             | Event::FreezeFailed(_)
             | Event::Looked(_)
-            | Event::Peer(Message::Freeze | Message::Look(_) | Message::Installed)
+            | Event::Peer(Message::Calm | Message::Freeze | Message::Look(_) | Message::Installed)
             | Event::Armed
             | Event::ArmFailed(_)
             | Event::Installed
@@ -446,7 +453,9 @@ impl End {
             | Event::Frozen(_)
             | Event::FreezeFailed(_)
             | Event::Looked(_)
-            | Event::Peer(Message::Freeze | Message::Look(_) | Message::Armed | Message::Installed)
+            | Event::Peer(
+                Message::Calm | Message::Freeze | Message::Look(_) | Message::Armed | Message::Installed,
+            )
             | Event::Armed
             | Event::ArmFailed(_)
             | Event::Installed
@@ -490,7 +499,9 @@ impl End {
             }
             Event::NewEnded => self.reverse(Refusal::PeerAborted),
             Event::Mark(_)
-            | Event::Peer(Message::Freeze | Message::Look(_) | Message::Armed | Message::Abort { .. })
+            | Event::Peer(
+                Message::Calm | Message::Freeze | Message::Look(_) | Message::Armed | Message::Abort { .. },
+            )
             | Event::Start
             | Event::Calm
             | Event::Frozen(_)

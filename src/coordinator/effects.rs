@@ -51,7 +51,7 @@ impl Coordinator {
             }
             Action::Answer(tuple, result) => {
                 for waiting in self.waiting.remove(&tuple).unwrap_or_default() {
-                    let _ = waiting.send(result.clone());
+                    let _ = waiting.send(result);
                 }
             }
             Action::Report { conn, tuple, direction, result } => report(conn, tuple, direction, &result),

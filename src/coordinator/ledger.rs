@@ -205,7 +205,7 @@ impl Ledger {
             Event::Prepared(conn) => self.step_conn(conn, Input::Prepared),
             Event::Refused(conn, reason) => self.step_conn(conn, Input::Refused(reason)),
             Event::Ended(conn, outcome) => self.step_conn(conn, Input::Ended(outcome)),
-            Event::ToPeer(conn, message) => self.to_peer(conn, message),
+            Event::ToPeer(conn, message) => self.relay(conn, message),
             Event::ParkedEnded(conn) => self.no_way_back(conn),
             Event::Path(conn, true) => self.step_conn(conn, Input::PathReady),
             Event::Path(conn, false) => self.step_conn(conn, Input::PathFailed),
@@ -656,7 +656,7 @@ impl Ledger {
         if flow.held && cause != Cause::Order { Err(Refusal::SwappedBack) } else { Ok(()) }
     }
 
-    fn to_peer(&mut self, conn: ConnId, message: Vec<u8>) {
+    fn relay(&mut self, conn: ConnId, message: Vec<u8>) {
         let Some(flow) = self.conns.get(&conn).and_then(|tuple| self.flows.get(tuple)) else { return };
         if let (Home::Peer(peer), Some(attempt)) = (flow.home, &flow.attempt) {
             let attempted = Attempted { conn, number: attempt.number };

@@ -99,6 +99,7 @@ pub enum Message {
     /// From forwarder to forwarder.
     Relay {
         attempted: Attempted,
+        #[serde(with = "serde_bytes")]
         message: Vec<u8>,
     },
 }

@@ -79,7 +79,11 @@ pub enum Request {
     /// each other.
     MoveLocal { conn: ConnId, budget_us: u32 },
     /// What the forwarder at the other end said: the bytes of its [`Event::ToPeer`], unchanged.
-    FromPeer { conn: ConnId, message: Vec<u8> },
+    FromPeer {
+        conn: ConnId,
+        #[serde(with = "serde_bytes")]
+        message: Vec<u8>,
+    },
     /// Give a prepared or running transaction up where that is still allowed (otherwise it goes on to its end).
     Cancel { conn: ConnId, reason: Refusal },
     /// Close the parked overlay socket(s) of `conn`: the application has closed the connection.
@@ -134,6 +138,7 @@ pub enum Event {
     /// To be carried to the forwarder at the other end, in order, as its `FromPeer`.
     ToPeer {
         conn: ConnId,
+        #[serde(with = "serde_bytes")]
         message: Vec<u8>,
     },
     /// The transaction is over and every process runs. Exactly one for each accepted `Move` or `MoveLocal`.

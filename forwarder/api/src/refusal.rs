@@ -26,6 +26,7 @@ pub enum Refusal {
     HolderStopped,
     Holder32Bit,
     NoInjectionRoom,
+    TooManyDescriptors,
     IoUring,
     KernelTls,
     Mptcp,
@@ -52,7 +53,7 @@ pub enum Refusal {
 
 impl Refusal {
     /// Every variant, in the order of the enum.
-    pub const ALL: [Refusal; 41] = {
+    pub const ALL: [Refusal; 42] = {
         use Refusal::*;
         [
             NoRuleMatches,
@@ -75,6 +76,7 @@ impl Refusal {
             HolderStopped,
             Holder32Bit,
             NoInjectionRoom,
+            TooManyDescriptors,
             IoUring,
             KernelTls,
             Mptcp,
@@ -177,6 +179,10 @@ impl Refusal {
             NoInjectionRoom => {
                 ("no_injection_room", "a process that holds the socket has no room at the end of its vDSO")
             }
+            TooManyDescriptors => (
+                "too_many_descriptors",
+                "a process has the socket under more descriptors or in more epoll sets than can be changed at once",
+            ),
             IoUring => ("io_uring", "the socket is used through io_uring"),
             KernelTls => ("ulp", "an upper layer protocol such as kernel TLS is attached to the socket"),
             Mptcp => ("mptcp", "the socket is MPTCP"),

@@ -112,11 +112,7 @@ impl Transaction {
                     world.messages[peer(side)].push(message);
                 }
             }
-            Action::MakeShallow => {
-                if side == 0 {
-                    world.sides[side].doing = Doing::Calming;
-                }
-            }
+            Action::MakeShallow => world.sides[side].doing = Doing::Calming,
             Action::Freeze => world.sides[side].doing = Doing::Freezing,
             Action::LookAgain { .. } => world.sides[side].doing = Doing::Looking,
             Action::Arm { mark, carry } => {
