@@ -11,8 +11,6 @@ tests=(
     test/lab/tests/lab.rs            two_labs_with_the_same_addresses_are_up_at_once
     test/lab/tests/without_router.rs every_kind_of_address_passes
 )
-# Where these tests and the programs that they start come from.
-packages=(--package lab)
 # Looked for on this machine; a test that needs one that is not here fails in the guest and says so.
 tools=(sh find rm ip bridge ss nsenter setpriv iperf3 sockperf bpftool)
 # Seconds, for all of them in a processor that is emulated.
@@ -35,23 +33,19 @@ skip() {
 }
 
 package=linux-image-cloud-amd64
-if [[ ${1:-} == --package ]]; then
-    package=$2
-    shift 2
-fi
+if [[ ${1:-} == --package ]]; then package=$2 && shift 2; fi
 if (($# > 0)); then tests=("$@"); fi
 ((${#tests[@]} % 2 == 0)) || fail "each SOURCE needs a FILTER"
 
 for program in qemu-system-x86_64 busybox cpio jq; do
-    [[ -n $(command -v $program) ]] || skip "$program is not installed"
+    command -v $program >/dev/null || skip "$program is not installed"
 done
 
 # The kernel's package, unpacked. A metapackage names the one that holds the newest kernel.
-depends=$(apt-cache depends "$package" 2>&1) || skip "apt knows no package $package"
-real=$(sed -n 's/^ *Depends: \(linux-image-.*\)/\1/p' <<<"$depends")
+real=$(apt-cache depends "$package" 2>&1 | sed -n 's/^ *Depends: \(linux-image-.*\)/\1/p') || true
 package=${real:-$package}
-deb=$(apt-get download --print-uris "$package" 2>&1) || skip "apt does not offer $package: $deb"
-deb=$(cut -d ' ' -f 2 <<<"$deb")
+uri=$(apt-get download --print-uris "$package" 2>&1) || skip "apt does not offer $package: $uri"
+deb=$(cut -d ' ' -f 2 <<<"$uri")
 kernel=$target/kernel/${deb%.deb}
 if [[ ! -d $kernel ]]; then
     mkdir -p "$target/kernel"
@@ -64,59 +58,53 @@ if [[ ! -d $kernel ]]; then
     rm "$target/kernel/$deb"
 fi
 
-# What cargo has built, as lines of: is it a test, main file, executable.
+# What cargo makes, as lines of: is it a test, main file, executable.
 built=$({
-    cargo build --release --locked "${packages[@]}" --message-format=json
-    cargo test --release --locked "${packages[@]}" --no-run --message-format=json
+    cargo build --release --locked --workspace --message-format=json
+    cargo test --release --locked --workspace --no-run --message-format=json
 } | jq -r 'select(.executable) | [.profile.test, .target.src_path, .executable] | @tsv')
-
-mapfile -t programs < <(awk -F '\t' '$1 == "false" { print $3 }' <<<"$built")
-executables=()
+mapfile -t programs < <(awk -F '\t' '$1 == "false" { print $3 }' <<<"$built" | sort -u)
 commands=
 for ((i = 0; i < ${#tests[@]}; i += 2)); do
     source=${tests[i]} filter=${tests[i + 1]}
-    executable=$(awk -F '\t' -v source="$PWD/$source" '$1 == "true" && $2 == source { print $3 }' <<<"$built")
-    [[ -n $executable ]] || fail "no package among \"${packages[*]}\" has a test executable made from $source"
+    test=$(awk -F '\t' -v source="$PWD/$source" '$1 == "true" && $2 == source { print $3 }' <<<"$built")
+    [[ -n $test ]] || fail "cargo makes no test executable from $source"
     # A filter that chooses nothing would pass.
-    "$executable" --list $filter | grep ': test$' >/dev/null || fail "$source has no test named \"$filter\""
-    executables+=("$executable")
-    # One at a time: they share two slow processors.
-    commands+="echo 'kernel: $source $filter'; $executable --test-threads 1 $filter || failed=1"$'\n'
+    "$test" --list "$filter" | grep ': test$' >/dev/null || fail "$source has no test named \"$filter\""
+    programs+=("$test")
+    # One test at a time: they share two slow processors.
+    commands+="echo 'kernel: $source $filter'; $test --test-threads 1 '$filter' || failed=1"$'\n'
+done
+for tool in "${tools[@]}"; do
+    if path=$(command -v "$tool"); then programs+=("$path"); fi
 done
 
 # The guest's files: everything at the path that it has here, libraries included.
 root=$target/kernel/root
 rm -rf "$root"
-mkdir -p "$root"/{proc,sys,dev,run,tmp,applets,usr/{bin,sbin,lib,lib64}}
+mkdir -p "$root"/{proc,sys,dev,run,tmp,busybox,usr/{bin,sbin,lib,lib64}}
 for directory in bin sbin lib lib64; do ln -s usr/$directory "$root/$directory"; done
-pack() {
-    { printf '%s\n' "$@" && ldd "$@" | grep -o '/[^ :]*\.so[^ ]*'; } | sort -u | xargs cp -L --parents -t "$root"
-}
-for tool in "${tools[@]}"; do
-    if path=$(command -v "$tool"); then programs+=("$path"); fi
-done
-pack "${programs[@]}" "${executables[@]}"
-# Last in the guest's PATH: only what is not there in full.
-cp -L "$(command -v busybox)" "$root/bin/busybox"
-for applet in $(busybox --list); do ln -s /bin/busybox "$root/applets/$applet"; done
-ln -s /bin/busybox "$root/sbin/modprobe"
-modules=lib/modules/$(ls "$kernel/lib/modules")
-mkdir -p "$root/$modules"
-(cd "$kernel" && cp -r --parents "$modules"/{modules.*,kernel/{crypto,lib,net,drivers/net/{veth.ko,vxlan}}} "$root")
+libraries=$(ldd "${programs[@]}" | grep -o '/[^ :]*\.so[^ ]*' | sort -u)
+cp -L --parents -t "$root" "${programs[@]}" $libraries
+cp -r "$kernel/lib/modules" "$root/lib"
+# Last in the guest's PATH, for all that is not packed as a tool.
+cp "$(command -v busybox)" "$root/bin"
+for name in $(busybox --list); do ln -s /bin/busybox "$root/busybox/$name"; done
+ln -s /bin/busybox "$root/sbin/modprobe" # where the kernel looks for it
 
 # What the guest does, as its first process: where that ends early, the kernel panics and the machine ends.
 cat >"$root/init" <<EOF
 #!/bin/sh -e
-export PATH=/usr/sbin:/usr/bin:/applets HOME=/ LAB_QUIET=1 LAB_PROGRAMS=$target/release
-mount -t proc proc /proc
-mount -t sysfs sysfs /sys
-mount -t devtmpfs dev /dev
-mount -t tmpfs run /run
-mount -t tmpfs tmp /tmp
-mount -t cgroup2 cgroup /sys/fs/cgroup
-mount -t bpf bpf /sys/fs/bpf
-mount -t debugfs debug /sys/kernel/debug
-mount -t tracefs trace /sys/kernel/tracing
+export PATH=/usr/sbin:/usr/bin:/busybox HOME=/ LAB_QUIET=1 LAB_PROGRAMS=$target/release
+mount -t proc none /proc
+mount -t sysfs none /sys
+mount -t devtmpfs none /dev
+mount -t tmpfs none /run
+mount -t tmpfs none /tmp
+mount -t cgroup2 none /sys/fs/cgroup
+mount -t bpf none /sys/fs/bpf
+mount -t debugfs none /sys/kernel/debug
+mount -t tracefs none /sys/kernel/tracing
 ip link set lo up
 modprobe -a veth bridge vxlan tcp_diag udp_diag unix_diag
 echo "kernel: \$(uname -r), up after \$(cut -d ' ' -f 1 /proc/uptime) s"
@@ -131,10 +119,7 @@ log=$target/kernel/log
 # Emulated everywhere: where this machine is itself a virtual one, its /dev/kvm may be there and boot nothing.
 timeout --foreground "$limit" qemu-system-x86_64 -accel tcg -cpu max -smp 2 -m 2G -nodefaults -no-reboot -display none \
     -kernel "$kernel"/boot/vmlinuz-* -initrd "$target/kernel/initramfs" -append 'console=ttyS0 quiet panic=-1' \
-    -serial stdio </dev/null | sed -u 's/\r$//' | tee "$log" || {
-    ((PIPESTATUS[0] != 124)) || fail "the guest did not end within $limit s"
-    fail "qemu failed"
-}
+    -serial stdio </dev/null | sed -u 's/\r$//' | tee "$log" || fail "qemu failed, or did not end within $limit s"
 status=$(sed -n 's/^kernel: status //p' "$log")
 [[ -n $status ]] || fail "the guest ended before its tests did"
 exit "$status"
