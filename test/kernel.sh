@@ -13,8 +13,7 @@ tests=(
 )
 # Looked for on this machine; a test that needs one that is not here fails in the guest and says so.
 tools=(sh find rm ip bridge ss nsenter setpriv iperf3 sockperf bpftool)
-# Seconds, for all of them in a processor that is emulated.
-limit=900
+limit=900 # seconds
 
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -41,27 +40,11 @@ for program in qemu-system-x86_64 busybox cpio jq; do
     command -v $program >/dev/null || skip "$program is not installed"
 done
 
-# The kernel's package, unpacked. A metapackage names the one that holds the newest kernel.
-real=$(apt-cache depends "$package" 2>&1 | sed -n 's/^ *Depends: \(linux-image-.*\)/\1/p') || true
-package=${real:-$package}
-uri=$(apt-get download --print-uris "$package" 2>&1) || skip "apt does not offer $package: $uri"
-deb=$(cut -d ' ' -f 2 <<<"$uri")
-kernel=$target/kernel/${deb%.deb}
-if [[ ! -d $kernel ]]; then
-    mkdir -p "$target/kernel"
-    (cd "$target/kernel" && apt-get -qq -o APT::Sandbox::User=root download "$package") || skip "$package: no download"
-    rm -rf "$kernel.part"
-    dpkg-deb -x "$target/kernel/$deb" "$kernel.part"
-    # Not in the package: apt makes the list of dependencies when it installs.
-    busybox depmod -b "$kernel.part" "$(ls "$kernel.part/lib/modules")"
-    mv "$kernel.part" "$kernel"
-    rm "$target/kernel/$deb"
-fi
-
-# What cargo makes, as lines of: is it a test, main file, executable.
+# What cargo makes, as lines of: is it a test, main file, executable. First, because cargo marks the target directory
+# as its own only when it makes it, and the lab finds programs by that mark.
 built=$({
-    cargo build --release --locked --workspace --message-format=json
-    cargo test --release --locked --workspace --no-run --message-format=json
+    cargo build --release --locked --workspace --message-format=json-render-diagnostics &&
+        cargo test --release --locked --workspace --no-run --message-format=json-render-diagnostics
 } | jq -r 'select(.executable) | [.profile.test, .target.src_path, .executable] | @tsv')
 mapfile -t programs < <(awk -F '\t' '$1 == "false" { print $3 }' <<<"$built" | sort -u)
 commands=
@@ -78,6 +61,23 @@ done
 for tool in "${tools[@]}"; do
     if path=$(command -v "$tool"); then programs+=("$path"); fi
 done
+
+# The kernel's package, unpacked. A metapackage names the one that holds the newest kernel.
+real=$(apt-cache depends "$package" 2>&1 | sed -n 's/^ *Depends: \(linux-image-.*\)/\1/p') || true
+package=${real:-$package}
+uri=$(apt-get download --print-uris "$package" 2>&1) || skip "apt does not offer $package: $uri"
+deb=$(cut -d ' ' -f 2 <<<"$uri")
+kernel=$target/kernel/${deb%.deb}
+if [[ ! -d $kernel ]]; then
+    mkdir -p "$target/kernel"
+    (cd "$target/kernel" && apt-get -qq -o APT::Sandbox::User=root download "$package") || skip "$package: no download"
+    rm -rf "$kernel.part"
+    dpkg-deb -x "$target/kernel/$deb" "$kernel.part"
+    # Not in the package: apt makes the list of dependencies when it installs.
+    busybox depmod -b "$kernel.part" "$(ls "$kernel.part/lib/modules")"
+    mv "$kernel.part" "$kernel"
+    rm "$target/kernel/$deb"
+fi
 
 # The guest's files: everything at the path that it has here, libraries included.
 root=$target/kernel/root
