@@ -5,19 +5,20 @@ use std::process::Command;
 
 use anyhow::{Result, ensure};
 use lab::{Cgroup, Host, RouterOptions, Scene};
-use serde_json::Value;
 
 const PORT: u16 = 7000;
 
-/// Ids of the BPF links that these processes hold.
+/// Ids of the BPF links that these processes hold, as fdinfo tells them.
 fn links_of(pids: &[u32]) -> Result<Vec<u64>> {
-    let output = Command::new("bpftool").args(["-j", "link", "list"]).output()?;
-    let list: Value = serde_json::from_slice(&output.stdout)?;
-    let held = |link: &&Value| {
-        let holders = link["pids"].as_array().into_iter().flatten();
-        holders.filter_map(|holder| holder["pid"].as_u64()).any(|pid| pids.contains(&(pid as u32)))
-    };
-    Ok(list.as_array().into_iter().flatten().filter(held).filter_map(|link| link["id"].as_u64()).collect())
+    let mut links = Vec::new();
+    for pid in pids {
+        for entry in std::fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
+            let info = std::fs::read_to_string(entry?.path()).unwrap_or_default();
+            let id = info.lines().find_map(|line| line.strip_prefix("link_id:"));
+            links.extend(id.and_then(|id| id.trim().parse::<u64>().ok()));
+        }
+    }
+    Ok(links)
 }
 
 fn link_exists(id: u64) -> Result<bool> {
@@ -57,7 +58,7 @@ fn a_stop_takes_every_connection_back_and_leaves_nothing() -> Result<()> {
     for host in hosts {
         let pids: Vec<u32> = [host.router_pid(), host.forwarder_pid()].into_iter().flatten().collect();
         let held = links_of(&pids)?;
-        ensure!(!held.is_empty(), "no BPF link of {pids:?} is listed: this test would prove nothing");
+        ensure!(!held.is_empty(), "{pids:?} hold no BPF link: this test would prove nothing");
         links.push(held);
     }
     scene.lab.stop_everything()?;

@@ -1,0 +1,37 @@
+#!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
+# Installs what building and testing need on Debian 12 or later, and mounts what tracing needs. Safe to repeat.
+set -euo pipefail
+
+packages=(
+    clang llvm libelf-dev zlib1g-dev pkg-config gcc libc6-dev make # the programs and their BPF
+    bpftool                                                      # vmlinux.h, and looking at what was loaded
+    iproute2 procps util-linux                                   # the lab
+    iperf3 sockperf                                              # the benchmark
+    qemu-system-x86 busybox-static cpio jq                       # the second kernel
+)
+
+missing=()
+for package in "${packages[@]}"; do
+    state=$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null || true)
+    [[ $state == installed ]] || missing+=("$package")
+done
+if ((${#missing[@]})); then
+    ((EUID == 0)) || { echo "error: ${missing[*]} must be installed: run $0 as root" >&2; exit 1; }
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get -qq update
+    apt-get -qq install --no-install-recommends -y "${missing[@]}" >/dev/null
+fi
+
+# In another order on each machine: rustup's directory, or the distribution's.
+command -v cargo >/dev/null || [[ -x ${CARGO_HOME:-$HOME/.cargo}/bin/cargo ]] ||
+    { echo "error: cargo is missing: install Rust from https://rustup.rs" >&2; exit 1; }
+
+if ((EUID == 0)); then
+    # Where fexit programs are not allowed, the syscall tracepoints are found here.
+    mountpoint -q /sys/kernel/tracing || mount -t tracefs nodev /sys/kernel/tracing
+    grep -q ' cgroup2 ' /proc/self/mounts || {
+        mkdir -p /sys/fs/cgroup/unified
+        mount -t cgroup2 none /sys/fs/cgroup/unified
+    }
+fi

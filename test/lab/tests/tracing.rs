@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What `router trace` shows of the connections that containers make and accept.
+//!
+//! LAB_TRACING names the set of programs that this kernel is expected to allow: `tracepoints`, or `fexit`.
+
+use std::{net::SocketAddr, process::Command};
+
+use anyhow::{Context, Result, ensure};
+use lab::{DEADLINE, Family, Process, Scene, program, wait_for, workload::StreamOptions};
+
+const PORT: u16 = 7000;
+
+struct Traced {
+    scene: Scene,
+    client: Process,
+    server: Process,
+}
+
+/// A scene without routers, and `router trace` on both hosts.
+fn traced(test: &str) -> Result<Traced> {
+    let scene = Scene::without_routers(test)?;
+    let trace = |host: &lab::Host| -> Result<Process> {
+        let mut command = Command::new(program("router")?);
+        command.arg("trace").envs(host.environment());
+        let mut running = host.place().spawn("trace", &mut command)?;
+        running.wait_until_it_says("tracing by", DEADLINE)?;
+        Ok(running)
+    };
+    let (client, server) = (trace(&scene.lab.h1)?, trace(&scene.lab.h2)?);
+    Ok(Traced { scene, client, server })
+}
+
+fn wait_for_line(trace: &Process, words: &[&str]) -> Result<String> {
+    let is_meant = |line: &&str| words.iter().all(|word| line.contains(word));
+    wait_for(&format!("a line with {words:?}"), DEADLINE, || {
+        Ok(trace.stdout().lines().find(is_meant).map(str::to_owned))
+    })
+    .with_context(|| trace.stdout())
+}
+
+fn check(test: &str, family: Family, arguments: &str) -> Result<()> {
+    let traced = traced(test)?;
+    let options = StreamOptions { family: Some(family), ..StreamOptions::both(arguments) };
+    let stream = traced.scene.stream_with(PORT, &options)?;
+    // A mapped address is shown as what it stands for.
+    let shown = if family == Family::Mapped { Family::V4 } else { family };
+    let server: SocketAddr = traced.scene.server.address(shown, PORT);
+    let (server, pid) = (server.to_string(), format!("process {},", stream.client.pid()));
+    let made = wait_for_line(&traced.client, &["connect", &format!("- {server} "), &pid])?;
+    let local = made.split_whitespace().nth(1).context("an address")?.to_owned();
+    let pid = format!("process {},", stream.server.pid());
+    wait_for_line(&traced.server, &["accept", &format!("{server} - {local} "), &pid])?;
+    stream.finish()?;
+    Ok(())
+}
+
+#[test]
+fn ipv4_connections_are_traced_at_both_ends() -> Result<()> {
+    check("trace-v4", Family::V4, "")
+}
+
+#[test]
+fn ipv6_connections_are_traced_at_both_ends() -> Result<()> {
+    check("trace-v6", Family::V6, "")
+}
+
+#[test]
+fn connections_with_mapped_addresses_are_traced_at_both_ends() -> Result<()> {
+    check("trace-mapped", Family::Mapped, "")
+}
+
+#[test]
+fn a_connect_that_does_not_wait_is_traced_when_it_is_established() -> Result<()> {
+    check("trace-nonblocking", Family::V4, "--io epoll")
+}
+
+#[test]
+fn a_connect_that_fails_is_not_traced() -> Result<()> {
+    let traced = traced("trace-failed")?;
+    let nobody = traced.scene.server.address(Family::V4, PORT + 1).to_string();
+    let failed = traced.scene.client.exec(
+        "nobody",
+        Command::new(program("stream")?).args(["--client", &nobody]),
+        DEADLINE,
+    )?;
+    ensure!(!failed.success(), "somebody listens at {nobody}");
+    // One that succeeds later has been told: so would the other have been.
+    let stream = traced.scene.stream(PORT, "")?;
+    wait_for_line(&traced.client, &["connect", &format!(":{PORT} ")])?;
+    ensure!(!traced.client.stdout().contains(&nobody), "{}", traced.client.stdout());
+    stream.finish()?;
+    Ok(())
+}
+
+#[test]
+fn each_host_sees_its_own_containers_only() -> Result<()> {
+    let traced = traced("trace-scope")?;
+    let stream = traced.scene.stream(PORT, "")?;
+    wait_for_line(&traced.client, &["connect", &format!(":{PORT} ")])?;
+    wait_for_line(&traced.server, &["accept", &format!(":{PORT} ")])?;
+    for (trace, foreign) in [(&traced.client, "accept"), (&traced.server, "connect")] {
+        ensure!(!trace.stdout().contains(foreign), "{}", trace.stdout());
+    }
+    stream.finish()?;
+    Ok(())
+}
+
+#[test]
+fn the_log_says_which_programs_trace() -> Result<()> {
+    let traced = traced("trace-mode")?;
+    let expected = std::env::var("LAB_TRACING").unwrap_or_else(|_| "tracepoints".into());
+    let log = traced.client.stderr();
+    ensure!(log.contains(&format!("tracing by {expected} ")), "{expected} expected: {log}");
+    Ok(())
+}
