@@ -186,7 +186,7 @@ pub async fn run(parts: Parts, mut inlets: Inlets) -> anyhow::Result<()> {
             break;
         }
     }
-    coordinator.finish(leave).await;
+    coordinator.finish(leave, forwarder).await;
     Ok(())
 }
 
@@ -388,7 +388,19 @@ impl Coordinator {
     }
 
     /// Take away what nobody needs any more.
-    async fn finish(mut self, leave: bool) {
+    async fn finish(mut self, leave: bool, mut forwarder: mpsc::Receiver<ForwarderEvent>) {
+        // The answer to a last question shows that the forwarder has heard all that came before.
+        self.ask(Request::List { seq: u64::MAX }, vec![]);
+        let heard = async {
+            while let Some(event) = forwarder.recv().await {
+                if matches!(event, ForwarderEvent::Down | ForwarderEvent::Said(Said::Parked { .. })) {
+                    break;
+                }
+            }
+        };
+        if self.forwarder.is_some() {
+            let _ = timeout(FRESH, heard).await;
+        }
         // What was said last is on its way to the peers.
         let sessions = std::mem::take(&mut self.sessions);
         for sender in sessions.into_values() {

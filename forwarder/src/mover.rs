@@ -6,6 +6,8 @@
 //! [`crate::transaction::End`]; [`run_local`] moves both ends of a connection within this host in one freeze, where
 //! no protocol is needed.
 
+mod local;
+
 use std::{
     collections::VecDeque,
     io,
@@ -23,14 +25,16 @@ use nix::{
     },
 };
 
+pub use local::run_local;
+
 use crate::{
     exchange::{Armed, Substitution, discard, facts_while_frozen, look},
     freeze::Frozen,
     holders::has_fired_one_shot,
     inspect::{Inspector, SocketFacts, TCP_ESTABLISHED},
     options::{ReceiveRoom, Shallow},
-    site::{Parked, Prepared, PreparedEnd, Site, locked, report, tgids_of},
-    transaction::{Action, End, Event, Look, Mark, Message, Relation, relation},
+    site::{Parked, Prepared, PreparedEnd, Site, locked, report},
+    transaction::{Action, End, Event, Look, Mark, Message},
 };
 
 /// A connection whose queues hold more than this is made shallow before it is frozen, in bytes.
@@ -602,101 +606,4 @@ impl Running<'_> {
             Ok(_) | Err(_) => Some(Event::NewEnded),
         }
     }
-}
-
-/// Both ends of a connection are here: one freeze, one gate, no protocol.
-pub fn run_local(site: &Site, mut prepared: Prepared, new: Vec<OwnedFd>, budget: Duration) -> Finished {
-    let mut times = Times::default();
-    let mut moved = Moved::default();
-    let mut unread = [0; 2];
-    let ends = std::mem::take(&mut prepared.ends);
-    let result =
-        move_locally(site, &ends, tgids_of(&ends), &new, budget, &mut times, &mut moved, &mut unread);
-    if let Err(reason) = result {
-        return Finished { outcome: aborted(reason, times.pause_us()), parked: None };
-    }
-    moved = Moved {
-        unread_bytes: unread.iter().sum::<usize>() as u64,
-        threads: moved.threads,
-        processes: tgids_of(&ends).len() as u32,
-        fds: ends.iter().map(|end| end.holders.fds() as u32).sum(),
-        sockets: new.iter().filter_map(socket_inode).collect(),
-        ..times.moved()
-    };
-    let discarded = ends.iter().zip(unread).all(|(end, unread)| discard(end.old.as_fd(), unread));
-    let parked = match prepared.direction {
-        Direction::ToHost if !discarded => None,
-        Direction::ToHost => Some(Parked {
-            overlay: ends.into_iter().map(|end| end.old).collect(),
-            host: new.iter().filter_map(socket_inode).collect(),
-            note: std::mem::take(&mut prepared.note),
-            moved: moved.clone(),
-        }),
-        Direction::ToOverlay => {
-            prepared.parked = None;
-            None
-        }
-    };
-    Finished { outcome: Outcome::Moved(moved), parked }
-}
-
-fn move_locally(
-    site: &Site,
-    ends: &[PreparedEnd],
-    tgids: Vec<crate::process::Tgid>,
-    new: &[OwnedFd],
-    budget: Duration,
-    times: &mut Times,
-    moved: &mut Moved,
-    unread: &mut [usize; 2],
-) -> Result<(), Refusal> {
-    let ([first, second], [new_first, new_second]) = (ends, new) else { return Err(Refusal::NotEstablished) };
-    let inspector = site.programs.inspector().map_err(report)?;
-    let deadline = Instant::now() + budget;
-    times.began = Some(Instant::now());
-    let frozen = Frozen::freeze(&tgids, deadline);
-    times.thawed = Some(Instant::now());
-    let mut frozen = frozen?;
-    times.frozen = Some(Instant::now());
-    moved.threads = frozen.threads() as u32;
-    let mut exchange = || -> Result<(), Refusal> {
-        let _rooms = [
-            ReceiveRoom::make(first.old.as_fd(), forwarder_api::MAX_UNREAD_BYTES)?,
-            ReceiveRoom::make(second.old.as_fd(), forwarder_api::MAX_UNREAD_BYTES)?,
-        ];
-        let (facts, looks) = loop {
-            let facts = [
-                facts_while_frozen(first, &frozen, &inspector)?,
-                facts_while_frozen(second, &frozen, &inspector)?,
-            ];
-            let looks =
-                [look(first.old.as_fd(), &facts[0], false)?, look(second.old.as_fd(), &facts[1], false)?];
-            match relation(&looks[0], &looks[1]) {
-                Relation::Settled => break (facts, looks),
-                Relation::Strangers => return Err(Refusal::NotTheSameConnection),
-                Relation::InFlight if Instant::now() >= deadline => return Err(Refusal::NotSettled),
-                Relation::InFlight => std::thread::sleep(SETTLE_POLL),
-            }
-        };
-        times.settled = Some(Instant::now());
-        let [facts_first, facts_second] = facts;
-        let unread_of = |look: &Look, end: &PreparedEnd, facts: &SocketFacts| match &look.unread {
-            Some(bytes) => Ok(bytes.clone()),
-            None => Ok(crate::exchange::look(end.old.as_fd(), facts, true)?.unread.unwrap_or_default()),
-        };
-        let (for_first, for_second) =
-            (unread_of(&looks[0], first, &facts_first)?, unread_of(&looks[1], second, &facts_second)?);
-        *unread = [for_first.len(), for_second.len()];
-        // What one end has not read arrives there when the other end's new socket sends it.
-        let pairs = [
-            Running::substitution(first, new_first, &facts_first, for_second),
-            Running::substitution(second, new_second, &facts_second, for_first),
-        ];
-        Armed::arm(&mut frozen, &pairs, deadline)?.install(&mut frozen, &pairs)?;
-        times.installed = Some(Instant::now());
-        Ok(())
-    };
-    let result = exchange();
-    times.thawed = Some(frozen.thaw());
-    result
 }

@@ -15,7 +15,10 @@ use std::{
         fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
         unix::net::{UnixListener, UnixStream},
     },
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::Duration,
 };
@@ -56,6 +59,8 @@ pub enum SessionError {
 
 /// A router that is connected.
 struct Session {
+    /// Its router has not gone yet.
+    open: AtomicBool,
     site: Arc<Site>,
     stream: Mutex<UnixStream>,
     connections: Mutex<HashMap<ConnId, Connection>>,
@@ -81,6 +86,7 @@ pub fn serve(site: &Arc<Site>, listener: &UnixListener) -> io::Result<()> {
             continue;
         }
         let session = Arc::new(Session {
+            open: AtomicBool::new(true),
             site: Arc::clone(site),
             stream: Mutex::new(stream.try_clone()?),
             connections: Mutex::default(),
@@ -113,7 +119,10 @@ fn watch_parked(site: &Arc<Site>, current: &Arc<Mutex<Option<Arc<Session>>>>) ->
         loop {
             match site.next_ended() {
                 Ok(ended) => {
-                    let session = locked(&current).clone();
+                    let session = locked(&current).clone().filter(|session| session.is_open());
+                    if session.is_none() && ended.is_empty() {
+                        site.release_forsaken();
+                    }
                     for conn in ended {
                         log::debug!("{conn}: its overlay connection has ended");
                         if let Some(session) = &session {
@@ -149,6 +158,10 @@ impl Session {
             self.handle(request, fds);
         }
         Ok(())
+    }
+
+    fn is_open(&self) -> bool {
+        self.open.load(Ordering::Relaxed)
     }
 
     fn direction_of(&self, request: &Request) -> Option<Direction> {
@@ -197,7 +210,7 @@ impl Session {
             }
             Request::Move { conn, role, budget_us } => self.start_remote(conn, role, budget_us, fds),
             Request::MoveLocal { conn, budget_us } => self.start_local(conn, budget_us, fds),
-            Request::FromPeer { conn, message } => self.from_peer(conn, &message),
+            Request::FromPeer { conn, message } => self.hear_peer(conn, &message),
             Request::Cancel { conn, reason } => self.cancel(conn, reason),
             Request::Release { conn } => {
                 if self.site.release(conn) {
@@ -300,7 +313,7 @@ impl Session {
         }
     }
 
-    fn from_peer(&self, conn: ConnId, message: &[u8]) {
+    fn hear_peer(&self, conn: ConnId, message: &[u8]) {
         // A message is framed like everything else: four bytes of length first.
         let Some(message) =
             message.get(4..).and_then(|body| Frame::decode::<transaction::Message>(body).ok())
@@ -335,6 +348,7 @@ impl Session {
 
     /// Give up all that this router has begun.
     fn end(&self) {
+        self.open.store(false, Ordering::Relaxed);
         let _ = locked(&self.stream).shutdown(Shutdown::Both);
         let mut connections = locked(&self.connections);
         for connection in connections.values_mut() {

@@ -21,6 +21,9 @@ use crate::{
 /// How long transactions may take to end when the forwarder stops.
 const CLOSING: Duration = Duration::from_secs(10);
 
+/// How long [`Site::next_ended`] waits, milliseconds.
+const ENDED_MS: u16 = 5000;
+
 pub struct Site {
     pub programs: Arc<Programs>,
     pub own: Tgid,
@@ -71,8 +74,8 @@ impl Drop for Prepared {
 }
 
 /// All processes that hold a socket of these ends.
-pub fn tgids_of(ends: &[PreparedEnd]) -> Vec<Tgid> {
-    let mut tgids: Vec<Tgid> = ends.iter().flat_map(|end| end.holders.tgids.iter().copied()).collect();
+pub fn tgids_of<'a>(ends: impl IntoIterator<Item = &'a PreparedEnd>) -> Vec<Tgid> {
+    let mut tgids: Vec<Tgid> = ends.into_iter().flat_map(|end| end.holders.tgids.iter().copied()).collect();
     tgids.sort_unstable();
     tgids.dedup();
     tgids
@@ -200,10 +203,10 @@ impl Site {
         self.unpark(conn).is_some()
     }
 
-    /// Wait until parked overlay connections have ended, and release them.
+    /// Wait for a while until parked overlay connections have ended, and release them.
     pub fn next_ended(&self) -> nix::Result<Vec<ConnId>> {
         let mut events = [EpollEvent::empty(); 64];
-        let count = self.ends.wait(&mut events, EpollTimeout::NONE)?;
+        let count = self.ends.wait(&mut events, EpollTimeout::from(ENDED_MS))?;
         let ended: HashSet<ConnId> = events[..count].iter().map(|event| ConnId(event.data())).collect();
         Ok(ended.into_iter().filter(|conn| self.release(*conn)).collect())
     }
@@ -220,6 +223,27 @@ impl Site {
             }
             drop(reserved);
             std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Release what belongs to host sockets that nobody holds any more: without a router, nobody else tells.
+    pub fn release_forsaken(&self) {
+        let host_sockets = |parked: &Parked| parked.host.clone();
+        let parked: Vec<(ConnId, Vec<SocketInode>)> =
+            locked(&self.parked).iter().map(|(conn, parked)| (*conn, host_sockets(parked))).collect();
+        if parked.is_empty() {
+            return;
+        }
+        // Listed after they were parked: what is not in the list is gone.
+        let listed = match self.programs.descriptors() {
+            Ok(listed) => listed,
+            Err(error) => return log::error!("sockets cannot be listed: {error}"),
+        };
+        let held: HashSet<u64> = listed.iter().filter(|d| d.kind == Kind::Tcp).map(|d| d.inode).collect();
+        for (conn, sockets) in parked {
+            if !sockets.iter().any(|socket| held.contains(&socket.0)) && self.release(conn) {
+                log::info!("{conn}: its application has closed it; its parked sockets are closed");
+            }
         }
     }
 

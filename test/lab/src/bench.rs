@@ -59,6 +59,13 @@ impl Way {
     }
 }
 
+/// The labels that rules/iperf3.yaml asks for.
+const LABELS: &str = "
+containers:
+  - { cgroup: podclient/client, pod: client, container: client, podLabels: { app: iperf3 } }
+  - { cgroup: podserver/server, pod: server, container: server, podLabels: { app: iperf3 } }
+";
+
 /// A lab with a pod on each host and forwarders, the routers off.
 pub struct Setting {
     pub lab: Lab,
@@ -75,7 +82,10 @@ impl Setting {
         for host in lab.hosts() {
             host.start_forwarder()?;
         }
-        Ok(Setting { lab, client, server, routers: RouterOptions::with_rules(&rules) })
+        let labels = lab.directory().join("labels.yaml");
+        std::fs::write(&labels, LABELS)?;
+        let routers = RouterOptions::with_rules(&rules).with("ROUTER_LABELS", &labels.to_string_lossy());
+        Ok(Setting { lab, client, server, routers })
     }
 
     /// Runs `what` between client and server this way, with routers only where they belong.

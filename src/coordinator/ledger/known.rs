@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What is learned of connections, and that they are over.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    time::Instant,
+};
+
+use forwarder_api::{ConnId, Refusal, Request, SocketInode};
+
+use super::{
+    Action, Flow, GRACE, Home, Input, Learned, Ledger, MAX_FLOWS, OnHost, Path, PeerSays, Restored, Tuple,
+};
+
+impl Ledger {
+    pub(super) fn learn(&mut self, learned: Learned) {
+        let tuple = learned.tuple;
+        if let Some(known) = self.flows.get_mut(&tuple) {
+            let moved_since = known.changed >= learned.seen;
+            if known.attempt.is_some() || known.socket == learned.socket {
+                return;
+            }
+            if known.overlay_socket == learned.socket {
+                if !moved_since {
+                    // The forwarder died in a move: the application has its overlay socket again.
+                    known.path = Path::Overlay;
+                    known.socket = known.overlay_socket;
+                    known.changed = self.now;
+                }
+                return;
+            }
+            self.forget(tuple);
+        }
+        if self.flows.len() >= MAX_FLOWS {
+            self.counts.overflow += 1;
+            return;
+        }
+        let conn = ConnId(self.number());
+        self.conns.insert(conn, tuple);
+        self.flows.insert(
+            tuple,
+            Flow {
+                conn,
+                tuple,
+                side: learned.side,
+                v6: learned.v6,
+                netns: learned.netns,
+                workload: learned.workload,
+                home: learned.home,
+                path: Path::Overlay,
+                overlay_socket: learned.socket,
+                socket: learned.socket,
+                declined: learned.declined,
+                peer_says: PeerSays::Nothing,
+                held: false,
+                reason: None,
+                attempt: None,
+                order: None,
+                failures: 0,
+                alarm: None,
+                since: self.now,
+                changed: learned.seen,
+                swaps: 0,
+                bytes_sent: 0,
+                bytes_received: 0,
+            },
+        );
+        if let Some(reason) = learned.declined {
+            self.refuse(tuple, reason);
+        }
+        match learned.home {
+            Home::Peer(peer) => {
+                self.reach(peer);
+                if self.is_up(peer) {
+                    self.tell_know(tuple, false);
+                }
+                self.set_alarm(tuple, self.now + GRACE);
+            }
+            Home::SameHost | Home::Nowhere(Refusal::NoPeerHost) => {
+                self.pair(tuple);
+                self.set_alarm(tuple, self.now + GRACE);
+            }
+            Home::Nowhere(reason) => self.refuse(tuple, reason),
+        }
+        self.consider(tuple);
+    }
+
+    /// Are both ends here?
+    pub(super) fn pair(&mut self, tuple: Tuple) {
+        let Some(mate) = self.flows.get(&tuple.reversed()).filter(|mate| mate.on_host().is_none()) else {
+            return;
+        };
+        let one_network = self.flows.get(&tuple).is_some_and(|flow| flow.netns == mate.netns);
+        for end in [tuple, tuple.reversed()] {
+            let Some(flow) = self.flows.get_mut(&end) else { continue };
+            flow.home = if one_network { Home::Nowhere(Refusal::SameNetwork) } else { Home::SameHost };
+            if flow.reason == Some(Refusal::NoPeerHost) {
+                flow.reason = None;
+            }
+            if one_network {
+                self.refuse(end, Refusal::SameNetwork);
+            }
+        }
+    }
+
+    pub(super) fn scanned(&mut self, began: Instant, sockets: &HashMap<SocketInode, (u64, u64)>) {
+        let mut gone = Vec::new();
+        for flow in self.flows.values_mut() {
+            match sockets.get(&flow.socket) {
+                Some((sent, received)) => (flow.bytes_sent, flow.bytes_received) = (*sent, *received),
+                None if flow.changed < began && flow.since < began => gone.push(flow.tuple),
+                None => {}
+            }
+        }
+        for tuple in gone {
+            if !self.is_in_a_move(tuple) {
+                self.forget(tuple);
+            }
+        }
+    }
+
+    pub(super) fn parked(&mut self, parked: Vec<Restored>) {
+        let kept: BTreeSet<ConnId> = parked.iter().map(|restored| restored.conn).collect();
+        for flow in self.flows.values_mut().filter(|flow| !kept.contains(&flow.conn)) {
+            if let (Path::Host(on_host), None) = (&mut flow.path, &flow.attempt) {
+                on_host.way_back = false;
+            }
+        }
+        for restored in parked.into_iter().filter(|restored| !restored.sockets.is_empty()) {
+            if self.conns.contains_key(&restored.conn) {
+                continue;
+            }
+            for (end, socket) in restored.note.ends.iter().zip(&restored.sockets) {
+                let on_host =
+                    OnHost { swap: restored.note.swap, moved: restored.moved.clone(), way_back: true };
+                let flow = Flow {
+                    conn: restored.conn,
+                    tuple: end.tuple,
+                    side: end.side,
+                    v6: end.v6,
+                    netns: 0,
+                    workload: end.workload.clone(),
+                    home: end.home,
+                    path: Path::Host(on_host),
+                    overlay_socket: end.overlay_socket,
+                    socket: *socket,
+                    declined: None,
+                    peer_says: PeerSays::Wants,
+                    held: false,
+                    reason: None,
+                    attempt: None,
+                    order: None,
+                    failures: 0,
+                    alarm: None,
+                    since: self.now,
+                    changed: self.now,
+                    swaps: 1,
+                    bytes_sent: 0,
+                    bytes_received: 0,
+                };
+                self.forget(end.tuple);
+                self.conns.insert(restored.conn, end.tuple);
+                self.flows.insert(end.tuple, flow);
+                if let Home::Peer(peer) = end.home {
+                    self.reach(peer);
+                }
+            }
+            // A connection within this host goes by its deciding end.
+            if let Some(end) = restored.note.ends.iter().find(|end| end.tuple.decides()) {
+                self.conns.insert(restored.conn, end.tuple);
+            }
+        }
+    }
+
+    pub(super) fn host_socket_closed(&mut self, swap: u64) {
+        let of_swap = |flow: &&Flow| flow.on_host().is_some_and(|on_host| on_host.swap == swap);
+        let closed: Vec<Tuple> = self.flows.values().filter(of_swap).map(|flow| flow.tuple).collect();
+        for tuple in closed {
+            if !self.is_in_a_move(tuple) {
+                self.forget(tuple);
+            }
+        }
+    }
+
+    /// Its sockets come and go, then, without the connection being over.
+    pub(super) fn is_in_a_move(&self, tuple: Tuple) -> bool {
+        let moves = |flow: &Flow| flow.attempt.is_some();
+        let mate = self.flows.get(&tuple.reversed()).filter(|mate| mate.home == Home::SameHost);
+        self.flows.get(&tuple).is_some_and(moves) || mate.is_some_and(moves)
+    }
+
+    /// The connection is over, as far as this host can know.
+    pub(super) fn forget(&mut self, tuple: Tuple) {
+        let Some(flow) = self.flows.remove(&tuple) else { return };
+        if let Some(at) = flow.alarm {
+            self.alarms.remove(&(at, tuple));
+        }
+        if self.conns.get(&flow.conn) == Some(&tuple) {
+            self.conns.remove(&flow.conn);
+        }
+        if flow.on_host().is_some() {
+            self.act(Action::Forwarder(Request::Release { conn: flow.conn }));
+        }
+        if flow.order.is_some() {
+            self.act(Action::Answer(tuple, Err(Refusal::NotEstablished)));
+        }
+    }
+
+    pub(super) fn no_way_back(&mut self, conn: ConnId) {
+        for flow in self.flows.values_mut().filter(|flow| flow.conn == conn) {
+            if let Path::Host(on_host) = &mut flow.path {
+                on_host.way_back = false;
+            }
+        }
+    }
+
+    pub(super) fn forwarder_down(&mut self) {
+        self.forwarder_is_up = false;
+        let attempts = self.flows.values().filter(|flow| flow.attempt.is_some());
+        for tuple in attempts.map(|flow| flow.tuple).collect::<Vec<_>>() {
+            self.step(tuple, Input::ForwarderLost);
+        }
+    }
+}

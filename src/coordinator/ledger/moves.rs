@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Moves under way, from the first question to the forwarder to what came of them.
+
+use forwarder_api::{ConnId, Direction, Moved, PrepareTarget, Refusal, Request};
+
+use super::{
+    Action, Attempt, Attempted, Cause, FIRST_RETRY, Flow, Home, Input, LAST_RETRY, Ledger, Message, Names,
+    Negotiation, Next, Note, ORDER_RETRY, OnHost, Output, Part, Path, PeerAddress, PeerSays, STEP, Tuple,
+};
+
+impl Ledger {
+    pub(super) fn start(
+        &mut self,
+        tuple: Tuple,
+        part: Part,
+        direction: Direction,
+        cause: Cause,
+        number: u64,
+    ) {
+        let (negotiation, outputs) = Negotiation::start(part, direction);
+        let Some(flow) = self.flows.get_mut(&tuple) else { return };
+        flow.attempt = Some(Attempt { negotiation, cause, number, rendezvous: None });
+        self.set_alarm(tuple, self.now + STEP);
+        for output in outputs {
+            self.carry_out(tuple, output);
+        }
+    }
+
+    pub(super) fn step_conn(&mut self, conn: ConnId, input: Input) {
+        if let Some(tuple) = self.conns.get(&conn).copied() {
+            self.step(tuple, input);
+        }
+    }
+
+    pub(super) fn step_peer(&mut self, peer: PeerAddress, attempted: Attempted, input: Input) {
+        if self.attempt_with(peer, attempted).is_some() {
+            self.step_conn(attempted.conn, input);
+        }
+    }
+
+    pub(super) fn step(&mut self, tuple: Tuple, input: Input) {
+        let Some(attempt) = self.flows.get_mut(&tuple).and_then(|flow| flow.attempt.as_mut()) else { return };
+        let (next, outputs) = attempt.negotiation.step(input);
+        if let Next::Goes(negotiation) = &next {
+            let progress = attempt.negotiation != *negotiation;
+            attempt.negotiation = *negotiation;
+            if negotiation.is_moving() {
+                self.clear_alarm(tuple);
+            } else if progress {
+                self.set_alarm(tuple, self.now + STEP);
+            }
+        }
+        for output in outputs {
+            self.carry_out(tuple, output);
+        }
+        if let Next::Ended(result) = next {
+            self.ended(tuple, result);
+        }
+    }
+
+    pub(super) fn carry_out(&mut self, tuple: Tuple, output: Output) {
+        let Some(flow) = self.flows.get(&tuple) else { return };
+        let Some(attempt) = &flow.attempt else { return };
+        let (conn, direction, cause) = (flow.conn, attempt.negotiation.direction, attempt.cause);
+        let attempted = Attempted { conn, number: attempt.number };
+        let peer = match flow.home {
+            Home::Peer(peer) => Some(peer),
+            Home::SameHost | Home::Nowhere(_) => None,
+        };
+        let names = |tuple: Tuple| Names { swap: attempted.number, local: tuple.local, remote: tuple.remote };
+        let tell = |message| peer.map(|peer| Action::Tell(peer, message));
+        let action = match output {
+            Output::Prepare => {
+                let target = self.prepare_target(flow, attempt);
+                Some(Action::Forwarder(Request::Prepare { conn, direction, target }))
+            }
+            Output::Offer => tell(Message::Offer { attempted, tuple, direction, cause }),
+            Output::Accept if direction == Direction::ToOverlay => {
+                tell(Message::Accept { attempted, path: None })
+            }
+            Output::Accept => peer.map(|peer| Action::Accept { attempted, v6: flow.v6, peer }),
+            Output::Begin => tell(Message::Begin { attempted }),
+            Output::Refuse(reason) => tell(Message::Refuse { attempted, reason }),
+            Output::CancelPeer(reason) => tell(Message::Cancel { attempted, reason }),
+            Output::Connect => match (attempt.negotiation.part, attempt.rendezvous) {
+                (Part::Both, _) => {
+                    let mate = self.flows.get(&tuple.reversed());
+                    let v6 = [flow.v6, mate.is_some_and(|mate| mate.v6)];
+                    Some(Action::ConnectLocal { conn, v6 })
+                }
+                (_, Some(rendezvous)) => Some(Action::Connect { conn, v6: flow.v6, rendezvous }),
+                // Accepted without saying where: nothing will come, and the time runs out.
+                (_, None) => None,
+            },
+            Output::Move(role) => Some(Action::Move { conn, role, names: names(tuple) }),
+            Output::MoveLocal => {
+                Some(Action::MoveLocal { conn, names: [names(tuple), names(tuple.reversed())] })
+            }
+            Output::CancelForwarder(reason) => {
+                self.act(Action::DropPath(conn));
+                Some(Action::Forwarder(Request::Cancel { conn, reason }))
+            }
+        };
+        self.actions.extend(action);
+    }
+
+    pub(super) fn prepare_target(&self, flow: &Flow, attempt: &Attempt) -> PrepareTarget {
+        if attempt.negotiation.direction == Direction::ToOverlay {
+            return PrepareTarget::Parked;
+        }
+        let mate = self.flows.get(&flow.tuple.reversed());
+        let mate = mate.filter(|_| attempt.negotiation.part == Part::Both);
+        let ends = [Some(flow), mate].into_iter().flatten().map(Flow::noted).collect();
+        let note = postcard::to_stdvec(&Note { swap: attempt.number, ends }).unwrap_or_default();
+        match mate {
+            None => PrepareTarget::Remote { socket: flow.socket, note },
+            Some(mate) => PrepareTarget::Local { first: flow.socket, second: mate.socket, note },
+        }
+    }
+
+    pub(super) fn ended(&mut self, tuple: Tuple, result: Result<Moved, Refusal>) {
+        let Some(flow) = self.flows.get_mut(&tuple) else { return };
+        let Some(attempt) = flow.attempt.take() else { return };
+        let Negotiation { part, direction, .. } = attempt.negotiation;
+        let conn = flow.conn;
+        self.clear_alarm(tuple);
+        self.act(Action::Report { conn, tuple, direction, result: result.clone() });
+        match result {
+            Ok(moved) => {
+                match direction {
+                    Direction::ToHost => self.counts.swaps += 1,
+                    Direction::ToOverlay => self.counts.swap_backs += 1,
+                }
+                let ends = if part == Part::Both { vec![tuple, tuple.reversed()] } else { vec![tuple] };
+                for (index, end) in ends.into_iter().enumerate() {
+                    self.arrived(end, conn, index, &attempt, &moved);
+                }
+            }
+            Err(reason) => self.not_moved(tuple, &attempt, reason),
+        }
+    }
+
+    pub(super) fn arrived(
+        &mut self,
+        tuple: Tuple,
+        conn: ConnId,
+        index: usize,
+        attempt: &Attempt,
+        moved: &Moved,
+    ) {
+        let stopping = self.stopping.is_some();
+        let Some(flow) = self.flows.get_mut(&tuple) else { return };
+        let direction = attempt.negotiation.direction;
+        flow.conn = conn;
+        flow.changed = self.now;
+        flow.failures = 0;
+        match direction {
+            Direction::ToHost => {
+                flow.path = Path::Host(OnHost { swap: attempt.number, moved: moved.clone(), way_back: true });
+                flow.socket = moved.sockets.get(index).copied().unwrap_or(flow.socket);
+                flow.reason = None;
+                flow.held = false;
+                flow.swaps += 1;
+            }
+            Direction::ToOverlay => {
+                flow.path = Path::Overlay;
+                flow.socket = flow.overlay_socket;
+                flow.held = attempt.cause == Cause::Order;
+                flow.reason = Some(match attempt.cause {
+                    Cause::Order => Refusal::SwappedBack,
+                    Cause::Stop if stopping => Refusal::Stopping,
+                    Cause::Stop => Refusal::PeerGone,
+                    Cause::Rules => flow.declined.unwrap_or(Refusal::PeerSaysNo),
+                });
+                if attempt.cause == Cause::Stop {
+                    flow.peer_says = PeerSays::Nothing;
+                }
+            }
+        }
+        self.order_back(tuple);
+        self.consider(tuple);
+    }
+
+    pub(super) fn not_moved(&mut self, tuple: Tuple, attempt: &Attempt, reason: Refusal) {
+        self.refuse(tuple, reason);
+        if reason == Refusal::NotEstablished {
+            if attempt.negotiation.part == Part::Both {
+                self.forget(tuple.reversed());
+            }
+            return self.forget(tuple);
+        }
+        if reason == Refusal::NotParked {
+            if let Some(conn) = self.flows.get(&tuple).map(|flow| flow.conn) {
+                self.no_way_back(conn);
+            }
+        }
+        let mate = tuple.reversed();
+        if attempt.negotiation.part == Part::Both
+            && let Some(mate) = self.flows.get_mut(&mate)
+        {
+            mate.reason = Some(reason);
+        }
+        let Some(flow) = self.flows.get_mut(&tuple) else { return };
+        flow.failures += 1;
+        let doubled = FIRST_RETRY.saturating_mul(1 << flow.failures.min(12)).min(LAST_RETRY);
+        let ordered = flow.order;
+        let retry = if ordered.is_some() { doubled.min(ORDER_RETRY) } else { doubled };
+        // Two hosts that refuse each other must not come back at the same times for ever.
+        let at = self.now + retry.mul_f64(1.0 + (self.number() % 256) as f64 / 512.0);
+        match ordered {
+            Some(order) if reason.is_passing() && at < order.until => self.set_alarm(tuple, at),
+            Some(_) => self.order_failed(tuple, reason),
+            None if reason.is_passing() => self.set_alarm(tuple, at),
+            None => {}
+        }
+        // The other router has not heard of a refusal before the offer.
+        let unheard = attempt.negotiation.part == Part::Decider && !reason.is_passing();
+        if unheard && let Some(Home::Peer(peer)) = self.flows.get(&tuple).map(|flow| flow.home) {
+            let declined = Some(reason);
+            self.act(Action::Tell(peer, Message::Know { tuple, declined, answer: true }));
+        }
+    }
+
+    pub(super) fn order_done(&mut self, tuple: Tuple) {
+        let Some(flow) = self.flows.get_mut(&tuple) else { return };
+        let pause_us = flow.on_host().map_or(0, |on_host| on_host.moved.pause_us);
+        if flow.order.take().is_some() {
+            self.act(Action::Answer(tuple, Ok(pause_us)));
+        }
+    }
+
+    pub(super) fn order_failed(&mut self, tuple: Tuple, reason: Refusal) {
+        for end in [tuple, tuple.reversed()] {
+            let Some(flow) = self.flows.get_mut(&end) else { continue };
+            if end != tuple && flow.home != Home::SameHost {
+                continue;
+            }
+            if flow.order.take().is_some() {
+                self.act(Action::Answer(end, Err(reason)));
+            }
+        }
+    }
+
+    /// Leave it where it is, because.
+    pub(super) fn refuse(&mut self, tuple: Tuple, reason: Refusal) {
+        let Some(flow) = self.flows.get_mut(&tuple) else { return };
+        if flow.reason.replace(reason) != Some(reason) || flow.failures > 0 {
+            *self.counts.refused.entry(reason.label()).or_default() += 1;
+        }
+    }
+}

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What is wanted of each connection: by rules, by people, by a stop.
+
+use std::time::Duration;
+
+use forwarder_api::{Direction, Refusal};
+
+use super::{
+    ASK_AGAIN, Action, Attempt, Cause, Flow, Home, Input, Ledger, Message, ORDER, Order, Part, PeerSays,
+    STOP, Stopping, Tuple,
+};
+
+impl Ledger {
+    pub(super) fn verdict(&mut self, tuple: Tuple, declined: Option<Refusal>) {
+        let Some(flow) = self.flows.get_mut(&tuple) else { return };
+        if flow.declined == declined {
+            return;
+        }
+        let before = std::mem::replace(&mut flow.declined, declined);
+        if flow.reason.is_some() && flow.reason == before {
+            flow.reason = None;
+        }
+        let on_host = flow.on_host().is_some();
+        match declined {
+            Some(_) if on_host => self.order(tuple, Direction::ToOverlay, Cause::Rules, ORDER),
+            Some(reason) => self.refuse(tuple, reason),
+            None => {}
+        }
+        self.tell_know(tuple, true);
+        self.consider(tuple);
+    }
+
+    pub(super) fn order(&mut self, tuple: Tuple, direction: Direction, cause: Cause, time: Duration) {
+        let until = self.now + time;
+        let Some(flow) = self.flows.get_mut(&tuple) else {
+            return self.act(Action::Answer(tuple, Err(Refusal::NotEstablished)));
+        };
+        if cause == Cause::Order {
+            flow.held = direction == Direction::ToOverlay;
+        }
+        if direction == Direction::ToHost && self.stopping.is_some() {
+            return self.act(Action::Answer(tuple, Err(Refusal::Stopping)));
+        }
+        flow.order = Some(Order { direction, cause, until });
+        flow.failures = 0;
+        if flow.attempt.is_none() {
+            self.clear_alarm(tuple);
+            self.consider(tuple);
+        }
+    }
+
+    pub(super) fn stop(&mut self, leave: bool) {
+        self.stopping = Some(Stopping { leave, until: self.now + STOP });
+        for tuple in self.flows.keys().copied().collect::<Vec<_>>() {
+            let Some(flow) = self.flows.get(&tuple) else { continue };
+            let to_host = |attempt: &Attempt| leave || attempt.negotiation.direction == Direction::ToHost;
+            if flow.attempt.as_ref().is_some_and(to_host) {
+                self.step(tuple, Input::GiveUp(Refusal::Stopping));
+            }
+            self.order_back(tuple);
+        }
+    }
+
+    /// While stopping, all go back.
+    pub(super) fn order_back(&mut self, tuple: Tuple) {
+        let Some(stopping) = self.stopping.filter(|stopping| !stopping.leave) else { return };
+        let mate_leads = |flow: &Flow| flow.home == Home::SameHost && !flow.tuple.decides();
+        if self.flows.get(&tuple).is_some_and(|flow| flow.on_host().is_some() && !mate_leads(flow)) {
+            let time = stopping.until.saturating_duration_since(self.now);
+            self.order(tuple, Direction::ToOverlay, Cause::Stop, time);
+        }
+    }
+
+    pub(super) fn consider_all(&mut self) {
+        for tuple in self.flows.keys().copied().collect::<Vec<_>>() {
+            if let Some(flow) = self.flows.get_mut(&tuple)
+                && flow.reason == Some(Refusal::ForwarderGone)
+            {
+                flow.reason = None;
+            }
+            self.consider(tuple);
+        }
+    }
+
+    /// Start what is wanted and possible.
+    pub(super) fn consider(&mut self, tuple: Tuple) {
+        let Some(flow) = self.flows.get(&tuple) else { return };
+        if flow.attempt.is_some() || !self.forwarder_is_up {
+            return;
+        }
+        let (home, order) = (flow.home, flow.order);
+        if order.is_some_and(|order| flow.has_arrived(order.direction)) {
+            return self.order_done(tuple);
+        }
+        if home == Home::SameHost && !tuple.decides() {
+            // The deciding end leads; an order goes there.
+            if let Some(order) = order {
+                let until = order.until;
+                if let Some(mate) = self.flows.get_mut(&tuple.reversed())
+                    && mate.order.is_none()
+                {
+                    mate.order = Some(Order { until, ..order });
+                    mate.failures = 0;
+                }
+            }
+            return self.consider(tuple.reversed());
+        }
+        let Some(flow) = self.flows.get(&tuple) else { return };
+        let (direction, cause) = match order.or(flow.order) {
+            Some(order) => (order.direction, order.cause),
+            None if self.wants_swap(flow) => (Direction::ToHost, Cause::Rules),
+            None => return,
+        };
+        let waits = flow.failures > 0 && flow.alarm.is_some_and(|at| at > self.now);
+        if waits {
+            return;
+        }
+        match (home, flow.part()) {
+            (Home::Peer(peer), _) if !self.is_up(peer) => {
+                self.order_failed(tuple, Refusal::PeerUnreachable);
+            }
+            (Home::Peer(peer), Some(Part::Follower)) => {
+                self.act(Action::Tell(peer, Message::Ask { tuple, direction, cause }));
+                self.set_alarm(tuple, self.now + ASK_AGAIN);
+            }
+            (_, Some(part)) => {
+                let number = self.number();
+                self.start(tuple, part, direction, cause, number);
+            }
+            (Home::Nowhere(reason), None) => self.order_failed(tuple, reason),
+            (Home::Peer(_) | Home::SameHost, None) => {}
+        }
+    }
+
+    /// Do rules, peer and history say that it is to be swapped now?
+    pub(super) fn wants_swap(&self, flow: &Flow) -> bool {
+        let agreed = match flow.home {
+            Home::Peer(_) => flow.tuple.decides() && flow.peer_says == PeerSays::Wants,
+            Home::SameHost => self.flows.get(&flow.tuple.reversed()).is_some_and(|mate| {
+                mate.declined.is_none() && mate.attempt.is_none() && !mate.held && mate.on_host().is_none()
+            }),
+            Home::Nowhere(_) => false,
+        };
+        agreed
+            && self.stopping.is_none()
+            && flow.on_host().is_none()
+            && flow.declined.is_none()
+            && !flow.held
+            && flow.reason.is_none_or(Refusal::is_passing)
+    }
+}
