@@ -71,11 +71,11 @@ const CONTROL: &str = "/run/ebpf-router/router.sock";
 #[derive(Args, Clone, Debug)]
 pub struct Settings {
     /// Interface of the overlay network, such as flannel.1 or tunl0: routes through it tell where a peer is.
-    #[arg(long, env = "OVERLAY_IF", value_name = "NAME", default_value = "")]
+    #[arg(long, env = "OVERLAY_IF", value_name = "NAME", default_value = "", hide_default_value = true)]
     pub overlay_if: String,
 
     /// Interface of the hosts' own network: its IPv4 address is where swapped connections come and go.
-    #[arg(long, env = "HOST_IF", value_name = "NAME", default_value = "")]
+    #[arg(long, env = "HOST_IF", value_name = "NAME", default_value = "", hide_default_value = true)]
     pub host_if: String,
 
     /// TCP port on which routers speak to each other, the same on all hosts.

@@ -9,6 +9,8 @@
 mod known;
 mod moves;
 mod peers;
+#[cfg(test)]
+mod tests;
 mod wants;
 
 use std::{

@@ -6,7 +6,7 @@ use std::{net::IpAddr, process::Command, time::Duration};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use crate::{DEADLINE, Place, Process, wait_for};
+use crate::{DEADLINE, Place, Process};
 
 /// A finished run of iperf3's client.
 #[derive(Clone, Debug)]
@@ -32,7 +32,7 @@ impl RunningIperf3 {
         arguments: &[&str],
     ) -> Result<RunningIperf3> {
         let mut command = Command::new("iperf3");
-        let server = start_server(server, "iperf3-server", command.args(["-s", "-1"]), IPERF3_PORT)?;
+        let server = server.serve("iperf3-server", command.args(["-s", "-1"]), IPERF3_PORT)?;
         let mut command = Command::new("iperf3");
         command.args(["-c", &address.to_string(), "-i", "1"]).args(arguments);
         let client = client.spawn("iperf3-client", &mut command)?;
@@ -109,8 +109,7 @@ pub fn ping_pong<T>(
     meanwhile: impl FnOnce() -> Result<T>,
 ) -> Result<(PingPong, T)> {
     let (address, port) = (address.to_string(), SOCKPERF_PORT.to_string());
-    let _server = start_server(
-        server,
+    let _server = server.serve(
         "sockperf-server",
         Command::new("sockperf").args(["server", "--tcp", "-i", &address, "-p", &port]),
         SOCKPERF_PORT,
@@ -122,25 +121,6 @@ pub fn ping_pong<T>(
     let got = meanwhile();
     let finished = running.wait(time + DEADLINE)?.expect_success()?;
     Ok((parse_ping_pong(&finished.stdout)?, got?))
-}
-
-/// Starts a server and waits until something listens on its port. A program started first can then connect.
-fn start_server(place: &Place, name: &str, command: &mut Command, port: u16) -> Result<Process> {
-    let mut server = place.spawn(name, command)?;
-    wait_for(&format!("{name} to listen on port {port}"), DEADLINE, || {
-        server.fail_if_ended()?;
-        let state = |version: &str| {
-            std::fs::read_to_string(format!("/proc/{}/net/{version}", server.pid())).unwrap_or_default()
-        };
-        // Local address and port in hexadecimal, then the remote one, then the state: 0A is LISTEN.
-        let wanted = format!(":{port:04X}");
-        let listens = |line: &str| {
-            let fields: Vec<&str> = line.split_whitespace().collect();
-            fields.get(1).is_some_and(|local| local.ends_with(&wanted)) && fields.get(3) == Some(&"0A")
-        };
-        Ok((state("tcp").lines().any(listens) || state("tcp6").lines().any(listens)).then_some(()))
-    })?;
-    Ok(server)
 }
 
 fn parse_ping_pong(output: &str) -> Result<PingPong> {

@@ -49,6 +49,11 @@ impl Pod {
         self.place.spawn(name, command)
     }
 
+    /// Starts a server in the pod's container and waits until something listens on its port.
+    pub fn serve(&self, name: &str, command: &mut Command, port: u16) -> Result<Process> {
+        self.place.serve(name, command, port)
+    }
+
     /// Runs a program in the pod's container to its end.
     pub fn exec(&self, name: &str, command: &mut Command, limit: Duration) -> Result<Finished> {
         self.spawn(name, command)?.wait(limit)

@@ -23,7 +23,7 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::{Cgroup, Namespace, wait_for};
+use crate::{Cgroup, DEADLINE, Namespace, wait_for};
 
 /// Where a program runs.
 #[derive(Clone)]
@@ -90,6 +90,25 @@ impl Place {
         let said = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success(), "{}: {}\n{said}{script}", program.join(" "), output.status);
         Ok(())
+    }
+
+    /// Starts a server and waits until something listens on its port. A program started first can then connect.
+    pub fn serve(&self, name: &str, command: &mut Command, port: u16) -> Result<Process> {
+        let mut server = self.spawn(name, command)?;
+        wait_for(&format!("{name} to listen on port {port}"), DEADLINE, || {
+            server.fail_if_ended()?;
+            let state = |version: &str| {
+                std::fs::read_to_string(format!("/proc/{}/net/{version}", server.pid())).unwrap_or_default()
+            };
+            // Local address and port in hexadecimal, then the remote one, then the state: 0A is LISTEN.
+            let wanted = format!(":{port:04X}");
+            let listens = |line: &str| {
+                let fields: Vec<&str> = line.split_whitespace().collect();
+                fields.get(1).is_some_and(|local| local.ends_with(&wanted)) && fields.get(3) == Some(&"0A")
+            };
+            Ok((state("tcp").lines().any(listens) || state("tcp6").lines().any(listens)).then_some(()))
+        })?;
+        Ok(server)
     }
 
     /// Starts a program. Its output is in `NAME.out` and `NAME.err`; standard input is a pipe that stays open.

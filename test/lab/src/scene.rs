@@ -47,6 +47,25 @@ impl Scene {
         self.lab.hosts().into_iter().try_for_each(|host| host.wait_until_on_host(port).map(drop))
     }
 
+    /// Moves the connections of this port to and fro, in no order, until `done`. Returns how many moves succeeded.
+    pub fn move_about(&self, port: u16, mut done: impl FnMut() -> Result<bool>) -> Result<u32> {
+        let hosts = self.lab.hosts();
+        let mut moves = 0;
+        for turn in 0usize.. {
+            if done()? {
+                break;
+            }
+            let host = hosts[turn % 2];
+            let flows: Vec<_> = host.flows()?.into_iter().filter(|flow| flow.has_port(port)).collect();
+            let Some(flow) = flows.get((turn * 7 + moves as usize) % flows.len().max(1)) else { continue };
+            let Some(conn) = &flow.conn else { continue };
+            // Refused in passing, or closed a moment ago: another will do.
+            let moved = if flow.on_host() { host.swap_back(conn) } else { host.swap(conn) };
+            moves += u32::from(moved.is_ok());
+        }
+        Ok(moves)
+    }
+
     pub fn wait_until_on_overlay(&self, port: u16) -> Result<()> {
         self.lab.hosts().into_iter().try_for_each(|host| host.wait_until_on_overlay(port).map(drop))
     }

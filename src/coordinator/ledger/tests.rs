@@ -1,0 +1,386 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Two ledgers that speak to each other, with forwarders and a network that do as they are told.
+
+use std::collections::{HashSet, VecDeque};
+
+use super::*;
+use crate::coordinator::{
+    flow::Shown,
+    wire::{TOKEN, Token},
+};
+
+const HERE: PeerAddress = PeerAddress::V4(std::net::Ipv4Addr::new(10, 244, 1, 0));
+const THERE: PeerAddress = PeerAddress::V4(std::net::Ipv4Addr::new(10, 244, 2, 0));
+
+/// The connection as its decider sees it.
+fn tuple() -> Tuple {
+    Tuple { local: "10.244.1.10:40000".parse().unwrap(), remote: "10.244.2.10:80".parse().unwrap() }
+}
+
+fn addresses() -> [PeerAddress; 2] {
+    [HERE, THERE]
+}
+
+/// Host 0 decides, host 1 follows.
+struct World {
+    ledgers: [Ledger; 2],
+    now: Instant,
+    queue: VecDeque<(usize, Event)>,
+    /// What the forwarder of each host answers to the next questions, instead of yes.
+    refusals: [VecDeque<Refusal>; 2],
+    moving: [Option<ConnId>; 2],
+    answers: Vec<(usize, Result<u64, Refusal>)>,
+    released: [HashSet<ConnId>; 2],
+    said: Vec<Message>,
+    sockets: u64,
+}
+
+impl World {
+    fn new() -> World {
+        let now = Instant::now();
+        let mut world = World {
+            ledgers: [Ledger::new(1, now), Ledger::new(2, now)],
+            now,
+            queue: VecDeque::new(),
+            refusals: Default::default(),
+            moving: [None, None],
+            answers: Vec::new(),
+            released: Default::default(),
+            said: Vec::new(),
+            sockets: 1000,
+        };
+        world.at(0, Event::ForwarderUp);
+        world.at(1, Event::ForwarderUp);
+        world
+    }
+
+    /// Let something happen at a host, and all that follows from it.
+    fn at(&mut self, host: usize, event: Event) {
+        self.queue.push_back((host, event));
+        while let Some((host, event)) = self.queue.pop_front() {
+            for action in self.ledgers[host].handle(self.now, event) {
+                self.act(host, action);
+            }
+        }
+    }
+
+    fn act(&mut self, host: usize, action: Action) {
+        let other = 1 - host;
+        match action {
+            Action::Forwarder(Request::Prepare { conn, .. }) => {
+                let answer = match self.refusals[host].pop_front() {
+                    Some(reason) => Event::Refused(conn, reason),
+                    None => Event::Prepared(conn),
+                };
+                self.queue.push_back((host, answer));
+            }
+            Action::Forwarder(Request::Release { conn }) => drop(self.released[host].insert(conn)),
+            Action::Forwarder(_) | Action::DropPath(_) | Action::Report { .. } => {}
+            Action::Tell(_, message) => {
+                self.said.push(message.clone());
+                self.queue.push_back((other, Event::Peer(addresses()[host], message)));
+            }
+            Action::Reach(peer) => self.queue.push_back((host, Event::PeerUp(peer))),
+            Action::Accept { attempted, .. } => {
+                let path = Some(("192.0.2.1:5".parse().unwrap(), Token([7; TOKEN])));
+                let message = Message::Accept { attempted, path };
+                self.queue.push_back((other, Event::Peer(addresses()[host], message)));
+            }
+            Action::Connect { conn, .. } => {
+                self.queue.push_back((other, Event::Path(conn, true)));
+                self.queue.push_back((host, Event::Path(conn, true)));
+            }
+            Action::ConnectLocal { conn, .. } => self.queue.push_back((host, Event::Path(conn, true))),
+            Action::Move { conn, .. } => {
+                self.moving[host] = Some(conn);
+                if self.moving == [Some(conn), Some(conn)] {
+                    self.moving = [None, None];
+                    for host in [0, 1] {
+                        let outcome = Outcome::Moved(self.moved(1));
+                        self.queue.push_back((host, Event::Ended(conn, outcome)));
+                    }
+                }
+            }
+            Action::MoveLocal { conn, .. } => {
+                let outcome = Outcome::Moved(self.moved(2));
+                self.queue.push_back((host, Event::Ended(conn, outcome)));
+            }
+            Action::Answer(_, result) => self.answers.push((host, result)),
+        }
+    }
+
+    fn moved(&mut self, sockets: u64) -> Moved {
+        self.sockets += sockets;
+        let first = self.sockets - sockets;
+        Moved { pause_us: 700, sockets: (first..self.sockets).map(SocketInode).collect(), ..Moved::default() }
+    }
+
+    fn learned(&self, tuple: Tuple, home: Home, declined: Option<Refusal>) -> Event {
+        Event::Learned(Learned {
+            tuple,
+            side: Side::Client,
+            v6: false,
+            netns: u32::from(tuple.local.port()),
+            socket: SocketInode(u64::from(tuple.local.port())),
+            workload: Workload::default(),
+            home,
+            declined,
+            seen: self.now,
+        })
+    }
+
+    fn learn(&mut self, host: usize, declined: Option<Refusal>) {
+        let tuple = if host == 0 { tuple() } else { tuple().reversed() };
+        let event = self.learned(tuple, Home::Peer(addresses()[1 - host]), declined);
+        self.at(host, event);
+    }
+
+    fn swapped() -> World {
+        let mut world = World::new();
+        world.learn(0, None);
+        world.learn(1, None);
+        world.expect_all(Shown::Host);
+        world
+    }
+
+    fn wait(&mut self, time: Duration) {
+        let end = self.now + time;
+        while let Some(at) = self.ledgers.iter().filter_map(Ledger::alarm).min().filter(|alarm| *alarm <= end)
+        {
+            self.now = self.now.max(at);
+            self.at(0, Event::Alarm);
+            self.at(1, Event::Alarm);
+        }
+        self.now = end;
+    }
+
+    fn view(&self, host: usize) -> FlowView {
+        let views = self.ledgers[host].views();
+        assert_eq!(views.len(), 1, "{views:?}");
+        views[0].clone()
+    }
+
+    fn expect_all(&self, path: Shown) {
+        assert_eq!([self.view(0).path, self.view(1).path], [path, path]);
+        assert_eq!(self.view(0).conn, self.view(1).conn);
+    }
+
+    fn expect_all_on_overlay(&self) {
+        assert_eq!([self.view(0).path, self.view(1).path], [Shown::Overlay, Shown::Overlay]);
+    }
+
+    fn reasons(&self) -> [Option<String>; 2] {
+        [self.view(0).reason, self.view(1).reason]
+    }
+
+    fn expect_reasons(&self, decider: Refusal, follower: Refusal) {
+        assert_eq!(self.reasons(), [Some(decider.label().into()), Some(follower.label().into())]);
+    }
+}
+
+#[test]
+fn a_connection_that_both_ends_want_is_swapped_whichever_learns_of_it_first() {
+    for first in [0, 1] {
+        let mut world = World::new();
+        world.learn(first, None);
+        world.learn(1 - first, None);
+        world.expect_all(Shown::Host);
+        assert_eq!(world.ledgers[0].counts().swaps, 1);
+    }
+}
+
+#[test]
+fn a_connection_that_one_end_does_not_want_stays_and_both_say_why() {
+    let mut world = World::new();
+    world.learn(0, None);
+    world.learn(1, Some(Refusal::NoRuleMatches));
+    world.expect_all_on_overlay();
+    world.expect_reasons(Refusal::PeerSaysNo, Refusal::NoRuleMatches);
+}
+
+#[test]
+fn an_end_that_the_peer_does_not_know_stays_with_that_reason() {
+    let mut world = World::new();
+    world.learn(0, None);
+    world.wait(Duration::from_secs(2));
+    assert_eq!(world.view(0).reason.as_deref(), Some("peer_unknown"));
+    world.learn(1, None);
+    world.expect_all(Shown::Host);
+}
+
+#[test]
+fn a_peer_that_is_lost_is_a_reason_until_it_is_back() {
+    let mut world = World::new();
+    world.learn(0, None);
+    world.at(0, Event::PeerDown(THERE));
+    assert_eq!(world.view(0).reason.as_deref(), Some("peer_unreachable"));
+    world.learn(1, None);
+    world.at(0, Event::PeerUp(THERE));
+    world.expect_all(Shown::Host);
+}
+
+#[test]
+fn a_passing_refusal_is_tried_again_and_a_lasting_one_is_not() {
+    for (reason, swapped) in [(Refusal::HolderBusy, true), (Refusal::SocketFilter, false)] {
+        for host in [0, 1] {
+            let mut world = World::new();
+            world.refusals[host].extend([reason, reason]);
+            world.learn(0, None);
+            world.learn(1, None);
+            world.wait(Duration::from_secs(5));
+            assert_eq!(world.view(0).path == Shown::Host, swapped, "{reason:?} at {host}");
+            assert_eq!(world.view(1).path == Shown::Host, swapped, "{reason:?} at {host}");
+            if !swapped {
+                world.expect_reasons(reason, reason);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_connection_sent_back_by_a_person_stays_until_a_person_wants_it() {
+    for host in [0, 1] {
+        let mut world = World::swapped();
+        let of_host = if host == 0 { tuple() } else { tuple().reversed() };
+        world.at(host, Event::Order(of_host, Direction::ToOverlay));
+        world.expect_all(Shown::Overlay);
+        world.expect_reasons(Refusal::SwappedBack, Refusal::SwappedBack);
+        world.wait(Duration::from_secs(60));
+        world.expect_all(Shown::Overlay);
+        world.at(host, Event::Order(of_host, Direction::ToHost));
+        world.expect_all(Shown::Host);
+        // The decider, asked by the follower, has an order of its own.
+        world.answers.retain(|(at, _)| *at == host);
+        assert_eq!(world.answers, [(host, Ok(0)), (host, Ok(700))]);
+    }
+}
+
+#[test]
+fn an_order_that_cannot_be_carried_out_is_answered_with_the_reason() {
+    let mut world = World::swapped();
+    world.refusals[0].push_back(Refusal::NotParked);
+    world.at(0, Event::Order(tuple(), Direction::ToOverlay));
+    assert_eq!(world.answers, [(0, Err(Refusal::NotParked))]);
+    assert_eq!(world.view(0).way_back, Some(false));
+}
+
+#[test]
+fn a_stop_of_either_host_takes_all_back_and_comes_to_rest() {
+    for host in [0, 1] {
+        let mut world = World::swapped();
+        world.at(host, Event::Stop { leave: false });
+        world.expect_all(Shown::Overlay);
+        assert!(world.ledgers[host].is_quiet());
+        let (stopped, other) = (Refusal::Stopping, Refusal::PeerGone);
+        let expected = if host == 0 { [stopped, other] } else { [other, stopped] };
+        world.expect_reasons(expected[0], expected[1]);
+    }
+}
+
+#[test]
+fn a_stop_that_leaves_moves_nothing() {
+    let mut world = World::swapped();
+    world.at(0, Event::Stop { leave: true });
+    world.expect_all(Shown::Host);
+    assert!(world.ledgers[0].is_quiet());
+}
+
+#[test]
+fn a_stop_without_the_peer_comes_to_rest() {
+    let mut world = World::swapped();
+    world.at(0, Event::PeerDown(THERE));
+    world.at(0, Event::Stop { leave: false });
+    assert!(world.ledgers[0].is_quiet());
+    assert_eq!(world.ledgers[0].swapped(), 1);
+}
+
+#[test]
+fn rules_that_no_longer_want_a_connection_take_it_back() {
+    for host in [0, 1] {
+        let mut world = World::swapped();
+        let of_host = if host == 0 { tuple() } else { tuple().reversed() };
+        world.at(host, Event::Verdict(of_host, Some(Refusal::NoRuleMatches)));
+        world.expect_all(Shown::Overlay);
+        world.wait(Duration::from_secs(60));
+        world.expect_all(Shown::Overlay);
+        world.at(host, Event::Verdict(of_host, None));
+        world.expect_all(Shown::Host);
+    }
+}
+
+#[test]
+fn the_end_of_a_host_socket_releases_what_is_parked() {
+    let mut world = World::swapped();
+    let swap = world.ledgers[0].flows().next().and_then(Flow::on_host).map(|on_host| on_host.swap).unwrap();
+    world.at(0, Event::HostSocketClosed(swap + 1));
+    assert_eq!(world.ledgers[0].views().len(), 1, "another swap's socket is not this one's");
+    world.at(0, Event::HostSocketClosed(swap));
+    assert!(world.ledgers[0].views().is_empty());
+    assert_eq!(world.released[0].len(), 1);
+}
+
+#[test]
+fn a_late_message_of_an_earlier_attempt_changes_nothing() {
+    let mut world = World::new();
+    world.refusals[1].push_back(Refusal::HolderBusy);
+    world.learn(0, None);
+    world.learn(1, None);
+    let is_refusal = |message: &&Message| matches!(message, Message::Refuse { .. });
+    let late = world.said.iter().find(is_refusal).unwrap().clone();
+    world.wait(Duration::from_secs(1));
+    world.expect_all(Shown::Host);
+    world.at(0, Event::Order(tuple(), Direction::ToOverlay));
+    world.at(0, Event::Peer(THERE, late));
+    world.expect_all(Shown::Overlay);
+}
+
+#[test]
+fn a_peer_cannot_speak_about_a_connection_with_another_peer() {
+    let mut world = World::new();
+    world.learn(0, None);
+    let stranger = "10.244.3.0".parse().unwrap();
+    let know = Message::Know { tuple: tuple().reversed(), declined: None, answer: true };
+    world.at(0, Event::Peer(stranger, know));
+    assert_eq!(world.view(0).path, Shown::Overlay);
+    assert!(!world.said.iter().any(|message| matches!(message, Message::Offer { .. })));
+}
+
+#[test]
+fn both_ends_on_one_host_are_swapped_together() {
+    let mut world = World::new();
+    for tuple in [tuple(), tuple().reversed()] {
+        let event = world.learned(tuple, Home::Nowhere(Refusal::NoPeerHost), None);
+        world.at(0, event);
+    }
+    let views = world.ledgers[0].views();
+    assert!(views.iter().all(|view| view.path == Shown::Host && view.conn == views[0].conn), "{views:?}");
+    assert_eq!(world.ledgers[0].swapped(), 1);
+    world.at(0, Event::Order(tuple().reversed(), Direction::ToOverlay));
+    assert!(world.ledgers[0].views().iter().all(|view| view.path == Shown::Overlay));
+    assert!(world.answers.contains(&(0, Ok(0))), "{:?}", world.answers);
+}
+
+#[test]
+fn a_lost_forwarder_is_a_reason_until_it_is_back() {
+    let mut world = World::new();
+    world.at(0, Event::ForwarderDown);
+    world.learn(0, None);
+    world.learn(1, None);
+    world.expect_all_on_overlay();
+    world.at(0, Event::ForwarderUp);
+    world.expect_all(Shown::Host);
+}
+
+#[test]
+fn a_restarted_router_knows_what_is_parked() {
+    let mut world = World::swapped();
+    let flow = world.ledgers[0].flows().next().unwrap().clone();
+    let note = Note { swap: 9, ends: vec![flow.noted()] };
+    let restored = Restored { conn: flow.conn, sockets: vec![flow.socket], note, moved: Moved::default() };
+    world.ledgers[0] = Ledger::new(3, world.now);
+    world.at(0, Event::Parked(vec![restored]));
+    world.at(0, Event::ForwarderUp);
+    world.expect_all(Shown::Host);
+    world.at(0, Event::Order(tuple(), Direction::ToOverlay));
+    world.expect_all(Shown::Overlay);
+}
