@@ -29,6 +29,8 @@ pub struct Site {
     pub own: Tgid,
     reserved: Mutex<HashMap<Tgid, ConnId>>,
     parked: Mutex<HashMap<ConnId, Parked>>,
+    /// Released while they were prepared or moved: not to be parked again.
+    forsaken: Mutex<HashSet<ConnId>>,
     /// Watches the parked sockets for their end.
     ends: Epoll,
 }
@@ -66,10 +68,11 @@ pub struct PreparedEnd {
 impl Drop for Prepared {
     fn drop(&mut self) {
         let conn = self.conn;
-        locked(&self.site.reserved).retain(|_, by| *by != conn);
         if let Some(parked) = self.parked.take() {
             self.site.park(conn, parked);
         }
+        locked(&self.site.reserved).retain(|_, by| *by != conn);
+        locked(&self.site.forsaken).remove(&conn);
     }
 }
 
@@ -88,6 +91,7 @@ impl Site {
             own: Tgid(std::process::id() as i32),
             reserved: Mutex::default(),
             parked: Mutex::default(),
+            forsaken: Mutex::default(),
             ends: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
         }))
     }
@@ -179,6 +183,9 @@ impl Site {
     }
 
     pub fn park(&self, conn: ConnId, parked: Parked) {
+        if locked(&self.forsaken).remove(&conn) {
+            return reset(&parked);
+        }
         let mut all = locked(&self.parked);
         for socket in &parked.overlay {
             let event = EpollEvent::new(EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLONESHOT, conn.0);
@@ -198,9 +205,20 @@ impl Site {
         Some(parked)
     }
 
-    /// Close the overlay sockets of a connection that is over.
+    /// Close the overlay sockets of a connection that is over, or will be as soon as its transaction is.
     pub fn release(&self, conn: ConnId) -> bool {
-        self.unpark(conn).is_some()
+        match self.unpark(conn) {
+            Some(parked) => {
+                reset(&parked);
+                true
+            }
+            None => {
+                if locked(&self.reserved).values().any(|by| *by == conn) {
+                    locked(&self.forsaken).insert(conn);
+                }
+                false
+            }
+        }
     }
 
     /// Wait for a while until parked overlay connections have ended, and release them.
@@ -258,6 +276,15 @@ impl Site {
                 moved: parked.moved.clone(),
             })
             .collect()
+    }
+}
+
+/// Close parked sockets by a reset: the one of a pair that closed first in the orderly way would stay in TIME_WAIT, and
+/// keep a server that the application starts anew from its own address.
+fn reset(parked: &Parked) {
+    let now = libc::linger { l_onoff: 1, l_linger: 0 };
+    for socket in &parked.overlay {
+        let _ = nix::sys::socket::setsockopt(socket, nix::sys::socket::sockopt::Linger, &now);
     }
 }
 

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Kinds of connections that are swapped, and that behave afterwards as before.
 
-use std::process::Command;
+use std::{process::Command, time::Duration};
 
 use anyhow::{Result, ensure};
 use lab::{
-    DEADLINE, Family, RouterOptions, Scene, program, wait_for,
+    DEADLINE, Family, RouterOptions, Scene,
+    measure::{SOCKPERF_PORT, ping_pong},
+    program, wait_for,
     workload::{Stream, StreamOptions},
 };
 
@@ -106,6 +108,22 @@ fn ten_connections_are_swapped_at_once() -> Result<()> {
     }
     for stream in streams {
         stream.finish()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_server_that_is_started_anew_gets_its_address_back() -> Result<()> {
+    let scene = Scene::with_routers("anew")?;
+    let (client, server) = (scene.client.place(), scene.server.place());
+    // sockperf binds its address without SO_REUSEADDR: a parked socket in TIME_WAIT would be in its way.
+    for _ in 0..3 {
+        let swapped = || scene.lab.h1.wait_until_on_host(SOCKPERF_PORT);
+        ping_pong(client, server, scene.server.v4.into(), Duration::from_secs(1), swapped)?;
+        wait_for("the parked sockets to close", DEADLINE, || {
+            let sockets = server.run(Command::new("ss").args(["-Htn", "state", "established"]))?;
+            Ok(sockets.trim().is_empty().then_some(()))
+        })?;
     }
     Ok(())
 }
