@@ -1,6 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
 # Installs what building and testing need on Debian 12 or later, and mounts what tracing needs. Safe to repeat.
+# `./init.sh programs` installs the servers and clients of test/lab/tests/programs.rs too.
 set -euo pipefail
 
 packages=(
@@ -10,6 +11,9 @@ packages=(
     iperf3 sockperf                                              # the benchmark
     qemu-system-x86 busybox-static cpio jq                       # the second kernel
 )
+if [[ ${1:-} == programs ]]; then
+    packages+=(redis-server redis-tools memcached libmemcached-tools postgresql-15 postgresql-contrib nginx-light wrk rsync)
+fi
 
 missing=()
 for package in "${packages[@]}"; do
@@ -20,6 +24,12 @@ if ((${#missing[@]})); then
     ((EUID == 0)) || { echo "error: ${missing[*]} must be installed: run $0 as root" >&2; exit 1; }
     export DEBIAN_FRONTEND=noninteractive
     apt-get -qq update
+    # Debian starts a server when it installs it; these are wanted for tests only.
+    policy=/usr/sbin/policy-rc.d
+    if [[ ! -e $policy ]]; then
+        printf '#!/bin/sh\nexit 101\n' >$policy && chmod +x $policy
+        trap 'rm -f "$policy"' EXIT
+    fi
     apt-get -qq install --no-install-recommends -y "${missing[@]}" >/dev/null
 fi
 

@@ -1,21 +1,22 @@
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
-# All tests. `test/run.sh swap` runs only the test files whose names contain a word; `--no-kernel` leaves the second
-# kernel out.
+# All tests. `test/run.sh swap` runs only the test files of these names; `--no-kernel` leaves the second kernel out;
+# `--programs` adds those with redis, PostgreSQL and others, which take long and install servers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ((EUID == 0)) || { echo "error: namespaces, BPF and ptrace need root: run $0 as root" >&2; exit 1; }
 
-kernel=yes words=()
+kernel=yes programs=no words=()
 for argument in "$@"; do
     case $argument in
         --no-kernel) kernel=no ;;
-        -*) echo "error: $argument: expected --no-kernel, or words of test names" >&2 && exit 1 ;;
+        --programs) programs=yes ;;
+        -*) echo "error: $argument: expected --no-kernel, --programs, or names of test files" >&2 && exit 1 ;;
         *) words+=("$argument") ;;
     esac
 done
 
-./init.sh
+if [[ $programs == yes ]]; then ./init.sh programs; else ./init.sh; fi
 export PATH=$PATH:${CARGO_HOME:-$HOME/.cargo}/bin LAB_QUIET=1 RUST_BACKTRACE=${RUST_BACKTRACE:-0}
 
 if ((${#words[@]} == 0)); then
@@ -30,6 +31,7 @@ fi
 # What is measured and what is stopped is sensitive to company: one lab at a time.
 for file in test/lab/tests/*.rs; do
     name=$(basename "$file" .rs)
+    [[ $name != programs || $programs == yes ]] || continue
     if ((${#words[@]} == 0)) || [[ " ${words[*]} " == *" $name "* ]]; then
         cargo test --release --locked -p lab --test "$name" -- --test-threads 1
     fi

@@ -79,11 +79,11 @@ fn memcached_keeps_what_it_was_given() -> Result<()> {
     let scene = Scene::with_routers("memcached")?;
     let ip = scene.server.v4;
     let _memcached = server(&scene, 11211, &format!("memcached -u nobody -p 11211 -l {ip} -t 4"))?;
-    for _ in 0..3 {
+    for _ in 0..2 {
         let load = load(
             &scene,
             11211,
-            &format!("memcslap --servers={ip} --concurrency=8 --execute-number=20000 --initial-load=1000"),
+            &format!("memcslap --servers={ip} --concurrency=8 --execute-number=50000 --initial-load=1000"),
         )?;
         ensure!(!load.stderr.contains("rror"), "{}", load.stderr);
     }
