@@ -156,6 +156,12 @@ pub fn median(values: &[f64]) -> Option<f64> {
     }
 }
 
+/// The median of the ratios of figures that were taken right after each other.
+pub fn paired_ratio(figures: &[f64], to: &[f64]) -> f64 {
+    let ratios: Vec<f64> = figures.iter().zip(to).map(|(figure, to)| figure / to).collect();
+    median(&ratios).unwrap_or(0.0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

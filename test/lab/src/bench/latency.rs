@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use lab::measure::{PingPong, SOCKPERF_PORT, median, ping_pong};
+use lab::measure::{PingPong, SOCKPERF_PORT, median, paired_ratio, ping_pong};
 
 use super::{Setting, Way};
 
@@ -12,6 +12,8 @@ pub struct Row {
     pub way: Way,
     /// One way, half a round trip. Medians over the rounds.
     pub figures: PingPong,
+    /// Of the median latency, and the host network's in the same round; the median over the rounds.
+    pub of_host: f64,
     pub swapped: usize,
 }
 
@@ -33,14 +35,17 @@ pub fn measure(setting: &Setting, rounds: u32) -> Result<Vec<Row>> {
     let middle = |figures: &[PingPong], of: fn(&PingPong) -> f64| {
         median(&figures.iter().map(of).collect::<Vec<_>>()).unwrap_or(0.0)
     };
+    let p50s = |figures: &[PingPong]| figures.iter().map(|one| one.p50_us).collect::<Vec<_>>();
+    let host = p50s(&runs[Way::ALL.len() - 1].1);
     Ok(runs
         .map(|(way, all, swapped)| {
+            let of_host = paired_ratio(&p50s(&all), &host);
             let figures = PingPong {
                 mean_us: middle(&all, |one| one.mean_us),
                 p50_us: middle(&all, |one| one.p50_us),
                 p99_us: middle(&all, |one| one.p99_us),
             };
-            Row { way, figures, swapped }
+            Row { way, figures, of_host, swapped }
         })
         .into())
 }

@@ -35,10 +35,6 @@ impl Report {
         self.throughput.iter().find(|row| row.kind == kind && row.way == way).map_or(0.0, |row| row.gbps)
     }
 
-    fn latency_us(&self, way: Way) -> f64 {
-        self.latency.iter().find(|row| row.way == way).map_or(0.0, |row| row.figures.mean_us)
-    }
-
     /// Pauses of all iperf3 connections.
     fn iperf3_pauses_us(&self) -> Vec<f64> {
         self.throughput.iter().flat_map(|row| row.pauses_us.iter().copied()).collect()
@@ -56,7 +52,7 @@ impl Report {
             "iperf3", "way", "Gbit/s", "CPU %", "of host", "swapped", "pause p50"
         )?;
         for row in &self.throughput {
-            let ratio = row.gbps / self.gbps(row.kind, Way::Host);
+            let ratio = row.of_host;
             let (swapped, pause) = match row.way {
                 Way::Router => {
                     (format!("{}/{}", row.swapped, row.connections), text_us(median(&row.pauses_us)))
@@ -78,7 +74,7 @@ impl Report {
             "sockperf ping-pong 64 B", "way", "mean µs", "p50 µs", "p99 µs", "of host"
         )?;
         for row in &self.latency {
-            let ratio = row.figures.mean_us / self.latency_us(Way::Host);
+            let ratio = row.of_host;
             let PingPong { mean_us, p50_us, p99_us } = row.figures;
             writeln!(
                 out,
@@ -112,7 +108,7 @@ impl Report {
         Ok(out)
     }
 
-    /// What the file `iperf3.json` has; `test/README.md` explains each name.
+    /// What the file `iperf3.json` has.
     pub fn json(&self, rounds: u32, seconds: u32) -> Value {
         let first = self.kinds().first().copied().unwrap_or_default();
         let kernel = nix::sys::utsname::uname().map(|names| names.release().to_string_lossy().into_owned());
@@ -126,7 +122,7 @@ impl Report {
                 "kind": row.kind,
                 "way": row.way.name(),
                 "gbps": round(row.gbps),
-                "of_host": round(row.gbps / self.gbps(row.kind, Way::Host)),
+                "of_host": round(row.of_host),
                 "cpu_percent": round(row.cpu_percent),
                 "connections": row.connections,
                 "swapped": row.swapped,
@@ -137,7 +133,7 @@ impl Report {
                 "mean_us": row.figures.mean_us,
                 "p50_us": row.figures.p50_us,
                 "p99_us": row.figures.p99_us,
-                "of_host": round(row.figures.mean_us / self.latency_us(Way::Host)),
+                "of_host": round(row.of_host),
                 "swapped": row.swapped,
             })).collect::<Vec<_>>(),
             "pauses": self.pauses.iter().map(|row| json!({

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use lab::measure::{IPERF3_PORT, RunningIperf3, median};
+use lab::measure::{IPERF3_PORT, RunningIperf3, median, paired_ratio};
 
 use super::{Setting, Way};
 
@@ -24,6 +24,8 @@ pub struct Row {
     pub kind: &'static str,
     pub way: Way,
     pub gbps: f64,
+    /// Median of the ratios to the host network's rate in the same round: both had the machine as it was then.
+    pub of_host: f64,
     /// Both programs together, percent of one CPU.
     pub cpu_percent: f64,
     /// Data and control connections that were swapped, in all rounds, and those there were.
@@ -45,11 +47,22 @@ pub fn measure(setting: &Setting, rounds: u32, seconds: u32) -> Result<Vec<Row>>
                 pauses.append(&mut swaps);
             }
         }
+        let host = runs[Way::ALL.len() - 1].1.clone();
         for (way, gbps, cpu, pauses_us) in runs {
+            let of_host = paired_ratio(&gbps, &host);
             let (gbps, cpu_percent) = (median(&gbps).unwrap_or(0.0), median(&cpu).unwrap_or(0.0));
             // One more than the streams: iperf3's control connection.
             let connections = if way == Way::Router { rounds as usize * (streams + 1) } else { 0 };
-            rows.push(Row { kind, way, gbps, cpu_percent, swapped: pauses_us.len(), connections, pauses_us });
+            rows.push(Row {
+                kind,
+                way,
+                gbps,
+                of_host,
+                cpu_percent,
+                swapped: pauses_us.len(),
+                connections,
+                pauses_us,
+            });
         }
     }
     Ok(rows)
