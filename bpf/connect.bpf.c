@@ -24,11 +24,7 @@
 #include <bpf/bpf_endian.h>
 #include "event.h"
 #include "identity.h"
-
-#define AF_INET 2
-#define AF_INET6 10
-#define S_IFMT 00170000
-#define S_IFSOCK 0140000
+#include "socket.h"
 
 #define RETURNED 1
 #define ESTABLISHED 2
@@ -109,36 +105,15 @@ static __always_inline int in_scope(void)
 	return bpf_get_current_ancestor_cgroup_id(scope_level) == scope_cgroup_id;
 }
 
-static __always_inline int is_tcp(const struct sock *sk)
-{
-	__u16 family = BPF_CORE_READ(sk, __sk_common.skc_family);
-
-	if (family != AF_INET && family != AF_INET6)
-		return 0;
-	return BPF_CORE_READ(sk, sk_type) == SOCK_STREAM && BPF_CORE_READ(sk, sk_protocol) == IPPROTO_TCP;
-}
-
 /* The TCP socket under a descriptor of the current task, and its inode number. */
 static __always_inline struct sock *sock_of(__u32 fd, __u64 *inode)
 {
-	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
-	struct fdtable *table = BPF_CORE_READ(task, files, fdt);
-	struct file **slots, *file = 0;
-	struct socket *socket;
-	struct sock *sk;
-
-	if (fd >= BPF_CORE_READ(table, max_fds))
-		return 0;
-	slots = BPF_CORE_READ(table, fd);
-	bpf_probe_read_kernel(&file, sizeof(file), slots + fd);
 	/* Another thread may have put something else under the descriptor since the call. */
-	if (!file || (BPF_CORE_READ(file, f_inode, i_mode) & S_IFMT) != S_IFSOCK)
-		return 0;
-	socket = BPF_CORE_READ(file, private_data);
-	sk = BPF_CORE_READ(socket, sk);
-	if (!sk || !is_tcp(sk))
-		return 0;
-	*inode = BPF_CORE_READ(file, f_inode, i_ino);
+	struct file *file = file_of_fd(fd);
+	struct sock *sk = file ? tcp_sock_of(file) : 0;
+
+	if (sk)
+		*inode = BPF_CORE_READ(file, f_inode, i_ino);
 	return sk;
 }
 

@@ -7,14 +7,10 @@
 #include <bpf/bpf_tracing.h>
 
 #include "inspect.h"
+#include "socket.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
-#define AF_INET 2
-#define AF_INET6 10
-#define S_IFMT 00170000
-#define S_IFSOCK 0140000
-#define SOCK_STREAM 1
 #define TCP_LISTEN 10
 
 /* One slot for each transaction thread of the forwarder. */
@@ -54,7 +50,6 @@ struct tcp_sock___signed {
 	void *ao_info;
 } __attribute__((preserve_access_index));
 
-/* A pidfd keeps its struct pid in the inode since 6.9 (pidfs), in the file before. */
 static __always_inline __u64 file_refs(struct file *file)
 {
 	struct file___since_6_13 *now = (void *)file;
@@ -63,39 +58,6 @@ static __always_inline __u64 file_refs(struct file *file)
 	if (bpf_core_field_exists(now->f_ref))
 		return BPF_CORE_READ(now, f_ref.refcnt.counter) + 1;
 	return BPF_CORE_READ(before, f_count.counter);
-}
-
-static __always_inline struct file *file_of_fd(__u32 fd)
-{
-	struct task_struct *task = (void *)bpf_get_current_task();
-	struct fdtable *table = BPF_CORE_READ(task, files, fdt);
-	struct file **slots, *file = NULL;
-
-	if (fd >= BPF_CORE_READ(table, max_fds))
-		return NULL;
-	slots = BPF_CORE_READ(table, fd);
-	bpf_probe_read_kernel(&file, sizeof(file), slots + fd);
-	return file;
-}
-
-static __always_inline struct sock *tcp_sock_of(struct file *file)
-{
-	struct socket *socket;
-	struct sock *sk;
-	__u16 family;
-
-	if ((BPF_CORE_READ(file, f_inode, i_mode) & S_IFMT) != S_IFSOCK)
-		return NULL;
-	socket = BPF_CORE_READ(file, private_data);
-	sk = BPF_CORE_READ(socket, sk);
-	if (!sk)
-		return NULL;
-	family = BPF_CORE_READ(sk, __sk_common.skc_family);
-	if (family != AF_INET && family != AF_INET6)
-		return NULL;
-	if (BPF_CORE_READ(sk, sk_protocol) != IPPROTO_TCP || BPF_CORE_READ(sk, sk_type) != SOCK_STREAM)
-		return NULL;
-	return sk;
 }
 
 static __always_inline void read_watchers(struct socket_facts *facts, struct file *file)
@@ -172,6 +134,7 @@ int inspect_socket(struct bpf_raw_tracepoint_args *ctx)
 }
 
 /* As above; args[0] is a pidfd. */
+/* A pidfd keeps its struct pid in the inode since 6.9 (pidfs), in the file before. */
 SEC("raw_tp")
 int inspect_table(struct bpf_raw_tracepoint_args *ctx)
 {

@@ -124,9 +124,9 @@ async fn asked<T>(
     wish: impl FnOnce(oneshot::Sender<T>) -> Wish,
 ) -> io::Result<T> {
     let (sender, receiver) = oneshot::channel();
-    let stopping = |_| io::Error::other("the router is stopping");
-    wishes.send(wish(sender)).await.map_err(|_| io::Error::other("the router is stopping"))?;
-    receiver.await.map_err(stopping)
+    let stopping = || io::Error::other("the router is stopping");
+    wishes.send(wish(sender)).await.map_err(|_| stopping())?;
+    receiver.await.map_err(|_| stopping())
 }
 
 /// Ask the router at `path`.

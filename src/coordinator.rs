@@ -325,13 +325,17 @@ impl Coordinator {
         self.scans.last += 1;
         let seq = self.scans.last;
         self.scans.began.insert(seq, Instant::now());
-        self.ask(Request::Scan { seq, cgroup_id: self.parts.scope.cgroup_id, only: None }, vec![]);
+        self.ask(Request::Scan { seq, cgroup_id: self.parts.scope.cgroup_id }, vec![]);
         Some(seq)
     }
 
     async fn scanned(&mut self, seq: u64, records: Vec<SocketRecord>) {
         let Some(began) = self.scans.began.remove(&seq) else { return };
         for record in &records {
+            // Most are known as they are: nothing about them needs to be looked up again.
+            if self.ledger.knows(lookup::tuple_of(record), record.socket) {
+                continue;
+            }
             if let Some(learned) = self.parts.lookup.record(record, began).await {
                 self.handle(Event::Learned(learned)).await;
             }

@@ -182,9 +182,9 @@ impl Session {
     fn handle(self: &Arc<Self>, request: Request, fds: Vec<OwnedFd>) {
         match request {
             Request::Hello { .. } => {}
-            Request::Scan { seq, cgroup_id, only } => {
+            Request::Scan { seq, cgroup_id } => {
                 let session = Arc::clone(self);
-                self.spawn("scan", None, move || session.scan(seq, cgroup_id, only));
+                self.spawn("scan", None, move || session.scan(seq, cgroup_id));
             }
             Request::Prepare { conn, direction, target } => {
                 let mailbox = match Mailbox::new() {
@@ -337,13 +337,13 @@ impl Session {
         }
     }
 
-    fn scan(&self, seq: u64, cgroup_id: u64, only: Option<SocketInode>) {
+    fn scan(&self, seq: u64, cgroup_id: u64) {
         let listed = match self.site.programs.descriptors() {
             Ok(listed) => listed,
             // No answer: an empty one would say that all connections are over.
             Err(error) => return log::error!("sockets cannot be listed: {error}"),
         };
-        self.send(&Event::Sockets { seq, sockets: sockets_in(&listed, cgroup_id, only, self.site.own) });
+        self.send(&Event::Sockets { seq, sockets: sockets_in(&listed, cgroup_id, self.site.own) });
     }
 
     /// Give up all that this router has begun.
@@ -376,19 +376,13 @@ impl Session {
     }
 }
 
-fn sockets_in(
-    listed: &[Descriptor],
-    cgroup_id: u64,
-    only: Option<SocketInode>,
-    own: Tgid,
-) -> Vec<SocketRecord> {
+fn sockets_in(listed: &[Descriptor], cgroup_id: u64, own: Tgid) -> Vec<SocketRecord> {
     let tcp = || listed.iter().filter(|d| d.kind == Kind::Tcp);
     let listening: std::collections::HashSet<(u32, u16)> =
         tcp().filter(|d| d.state == TCP_LISTEN).map(|d| (d.netns, d.local.port())).collect();
     let mut seen = std::collections::HashSet::new();
     tcp()
         .filter(|d| d.state != TCP_LISTEN && d.tgid != own.0 && d.cgroups.contains(&cgroup_id))
-        .filter(|d| only.is_none_or(|only| only.0 == d.inode))
         .filter(|d| seen.insert(d.inode))
         .map(|d| SocketRecord {
             socket: SocketInode(d.inode),

@@ -237,14 +237,8 @@ impl End {
 
     fn calming(&self, mine: bool, theirs: bool, event: Event) -> (Stage, Vec<Action>) {
         match event {
-            Event::Calm if theirs => {
-                (Stage::Freezing { theirs: None }, vec![Action::Tell(Message::Freeze), Action::Freeze])
-            }
-            Event::Peer(Message::Calm) if mine => {
-                (Stage::Freezing { theirs: None }, vec![Action::Tell(Message::Freeze), Action::Freeze])
-            }
-            Event::Calm => (Stage::Calming { mine: true, theirs }, vec![]),
-            Event::Peer(Message::Calm) => (Stage::Calming { mine, theirs: true }, vec![]),
+            Event::Calm => calmed(true, theirs),
+            Event::Peer(Message::Calm) => calmed(mine, true),
             Event::Peer(Message::Abort { .. }) => self.go_back(Refusal::PeerAborted),
             Event::NewEnded => self.abort_unfrozen(Refusal::HostPathFailed),
             Event::Cancel(reason) => self.abort_unfrozen(reason),
@@ -559,6 +553,15 @@ impl End {
             actions.insert(0, Action::SendAbortMark);
         }
         (stage, actions)
+    }
+}
+
+/// The decider freezes when both ends are calm.
+fn calmed(mine: bool, theirs: bool) -> (Stage, Vec<Action>) {
+    if mine && theirs {
+        (Stage::Freezing { theirs: None }, vec![Action::Tell(Message::Freeze), Action::Freeze])
+    } else {
+        (Stage::Calming { mine, theirs }, vec![])
     }
 }
 

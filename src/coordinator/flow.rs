@@ -121,6 +121,35 @@ pub struct NotedEnd {
 }
 
 impl Flow {
+    /// On the overlay, nothing said or decided about it yet.
+    pub fn new(conn: ConnId, end: NotedEnd, now: Instant) -> Flow {
+        Flow {
+            conn,
+            tuple: end.tuple,
+            side: end.side,
+            v6: end.v6,
+            netns: 0,
+            workload: end.workload,
+            home: end.home,
+            path: Path::Overlay,
+            overlay_socket: end.overlay_socket,
+            socket: end.overlay_socket,
+            declined: None,
+            peer_says: PeerSays::Nothing,
+            held: false,
+            reason: None,
+            attempt: None,
+            order: None,
+            failures: 0,
+            alarm: None,
+            since: now,
+            changed: now,
+            swaps: 0,
+            bytes_sent: 0,
+            bytes_received: 0,
+        }
+    }
+
     pub fn noted(&self) -> NotedEnd {
         NotedEnd {
             tuple: self.tuple,

@@ -21,7 +21,7 @@ use std::{
 use forwarder_api::{ConnId, Direction, Moved, Outcome, Refusal, Request, Role, SocketInode};
 
 use super::{
-    flow::{Attempt, Flow, FlowView, Home, Note, OnHost, Order, Path, PeerSays},
+    flow::{Attempt, Flow, FlowView, Home, Note, NotedEnd, OnHost, Order, Path, PeerSays},
     negotiation::{Input, Negotiation, Next, Output, Part},
     wire::{Attempted, Cause, Message, Token, Tuple},
 };

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use forwarder_api::{Refusal, SocketRecord};
+use forwarder_api::{Refusal, SocketInode, SocketRecord};
 
 use super::{flow::Home, ledger::Learned, wire::Tuple};
 use crate::{
@@ -37,6 +37,19 @@ pub struct Lookup {
     rules_error: Option<String>,
     own_netns: u32,
     routes: HashMap<IpAddr, (Instant, Whereabouts)>,
+}
+
+/// What the kernel shows of a connection, whichever way.
+struct Seen {
+    tuple: Tuple,
+    side: Side,
+    v6: bool,
+    netns: u32,
+    socket: SocketInode,
+}
+
+pub fn tuple_of(record: &SocketRecord) -> Tuple {
+    Tuple { local: record.local, remote: record.remote }
 }
 
 impl Lookup {
@@ -67,43 +80,31 @@ impl Lookup {
 
     /// A connection that tracing has shown; `None` if it is the host's own.
     pub async fn connection(&mut self, seen: &Connection) -> Option<Learned> {
-        if seen.netns == self.own_netns {
-            return None;
-        }
         let tuple = Tuple { local: seen.local, remote: seen.remote };
-        let workload = of_process(self.workloads.as_ref(), seen.tgid);
-        Some(Learned {
-            tuple,
-            side: seen.side,
-            v6: seen.v6,
-            netns: seen.netns,
-            socket: seen.socket,
-            home: self.home(tuple).await,
-            declined: self.verdict(seen.side, tuple, &workload),
-            workload,
-            seen: Instant::now(),
-        })
+        let known = Seen { tuple, side: seen.side, v6: seen.v6, netns: seen.netns, socket: seen.socket };
+        self.learned(known, seen.tgid, Instant::now()).await
     }
 
     /// A socket that a scan has found; `None` if it is the host's own, or not established.
     pub async fn record(&mut self, record: &SocketRecord, began: Instant) -> Option<Learned> {
-        if record.netns == self.own_netns || record.state != TCP_ESTABLISHED {
+        if record.state != TCP_ESTABLISHED {
             return None;
         }
-        let tuple = Tuple { local: record.local, remote: record.remote };
-        let workload = of_process(self.workloads.as_ref(), record.tgid);
+        let tuple = tuple_of(record);
         let side = if record.accepted { Side::Server } else { Side::Client };
-        Some(Learned {
-            tuple,
-            side,
-            v6: record.v6,
-            netns: record.netns,
-            socket: record.socket,
-            home: self.home(tuple).await,
-            declined: self.verdict(side, tuple, &workload),
-            workload,
-            seen: began,
-        })
+        let known = Seen { tuple, side, v6: record.v6, netns: record.netns, socket: record.socket };
+        self.learned(known, record.tgid, began).await
+    }
+
+    async fn learned(&mut self, known: Seen, tgid: u32, seen: Instant) -> Option<Learned> {
+        let Seen { tuple, side, v6, netns, socket } = known;
+        if netns == self.own_netns {
+            return None;
+        }
+        let workload = of_process(self.workloads.as_ref(), tgid);
+        let home = self.home(tuple).await;
+        let declined = self.verdict(side, tuple, &workload);
+        Some(Learned { tuple, side, v6, netns, socket, workload, home, declined, seen })
     }
 
     /// Why our rules do not want it swapped.

@@ -64,9 +64,8 @@ pub enum Request {
     /// First request of a session.
     Hello { version: u32 },
     /// List the TCP sockets held by processes under the cgroup with this id (inode of its directory in cgroup2),
-    /// answered by [`Event::Sockets`], or not at all if
-    /// it fails. With `only`, just that socket.
-    Scan { seq: u64, cgroup_id: u64, only: Option<SocketInode> },
+    /// answered by [`Event::Sockets`], or not at all if it fails.
+    Scan { seq: u64, cgroup_id: u64 },
     /// Check, without stopping anything, that this socket may be moved, and keep its holders reserved for `conn`
     /// until a transaction of it ends or [`Request::Cancel`] comes. Answered by [`Event::Prepared`] or
     /// [`Event::Refused`].

@@ -9,10 +9,16 @@ use std::{
 use forwarder_api::{ConnId, Refusal, Request, SocketInode};
 
 use super::{
-    Action, Flow, GRACE, Home, Input, Learned, Ledger, MAX_FLOWS, OnHost, Path, PeerSays, Restored, Tuple,
+    Action, Flow, GRACE, Home, Input, Learned, Ledger, MAX_FLOWS, NotedEnd, OnHost, Path, PeerSays, Restored,
+    Tuple,
 };
 
 impl Ledger {
+    /// Does this connection have this socket now, as far as is known?
+    pub fn knows(&self, tuple: Tuple, socket: SocketInode) -> bool {
+        self.flows.get(&tuple).is_some_and(|flow| flow.socket == socket)
+    }
+
     pub(super) fn learn(&mut self, learned: Learned) {
         let tuple = learned.tuple;
         if let Some(known) = self.flows.get_mut(&tuple) {
@@ -37,38 +43,14 @@ impl Ledger {
         }
         let conn = ConnId(self.number());
         self.conns.insert(conn, tuple);
-        self.flows.insert(
-            tuple,
-            Flow {
-                conn,
-                tuple,
-                side: learned.side,
-                v6: learned.v6,
-                netns: learned.netns,
-                workload: learned.workload,
-                home: learned.home,
-                path: Path::Overlay,
-                overlay_socket: learned.socket,
-                socket: learned.socket,
-                declined: learned.declined,
-                peer_says: PeerSays::Nothing,
-                held: false,
-                reason: None,
-                attempt: None,
-                order: None,
-                failures: 0,
-                alarm: None,
-                since: self.now,
-                changed: learned.seen,
-                swaps: 0,
-                bytes_sent: 0,
-                bytes_received: 0,
-            },
-        );
-        if let Some(reason) = learned.declined {
+        let Learned { tuple, side, v6, netns, socket, workload, home, declined, seen } = learned;
+        let end = NotedEnd { tuple, side, v6, overlay_socket: socket, workload, home };
+        let flow = Flow { netns, declined, changed: seen, ..Flow::new(conn, end, self.now) };
+        self.flows.insert(tuple, flow);
+        if let Some(reason) = declined {
             self.refuse(tuple, reason);
         }
-        match learned.home {
+        match home {
             Home::Peer(peer) => {
                 self.reach(peer);
                 if self.is_up(peer) {
@@ -134,29 +116,11 @@ impl Ledger {
                 let on_host =
                     OnHost { swap: restored.note.swap, moved: restored.moved.clone(), way_back: true };
                 let flow = Flow {
-                    conn: restored.conn,
-                    tuple: end.tuple,
-                    side: end.side,
-                    v6: end.v6,
-                    netns: 0,
-                    workload: end.workload.clone(),
-                    home: end.home,
                     path: Path::Host(on_host),
-                    overlay_socket: end.overlay_socket,
                     socket: *socket,
-                    declined: None,
                     peer_says: PeerSays::Wants,
-                    held: false,
-                    reason: None,
-                    attempt: None,
-                    order: None,
-                    failures: 0,
-                    alarm: None,
-                    since: self.now,
-                    changed: self.now,
                     swaps: 1,
-                    bytes_sent: 0,
-                    bytes_received: 0,
+                    ..Flow::new(restored.conn, end.clone(), self.now)
                 };
                 self.forget(end.tuple);
                 self.conns.insert(restored.conn, end.tuple);

@@ -94,19 +94,16 @@ impl Ledger {
         }
         if home == Home::SameHost && !tuple.decides() {
             // The deciding end leads; an order goes there.
-            if let Some(order) = order {
-                let until = order.until;
-                if let Some(mate) = self.flows.get_mut(&tuple.reversed())
-                    && mate.order.is_none()
-                {
-                    mate.order = Some(Order { until, ..order });
-                    mate.failures = 0;
-                }
+            if order.is_some()
+                && let Some(mate) = self.flows.get_mut(&tuple.reversed())
+                && mate.order.is_none()
+            {
+                mate.order = order;
+                mate.failures = 0;
             }
             return self.consider(tuple.reversed());
         }
-        let Some(flow) = self.flows.get(&tuple) else { return };
-        let (direction, cause) = match order.or(flow.order) {
+        let (direction, cause) = match order {
             Some(order) => (order.direction, order.cause),
             None if self.wants_swap(flow) => (Direction::ToHost, Cause::Rules),
             None => return,
