@@ -43,7 +43,7 @@ pub use lookup::Lookup;
 pub use session::listen;
 
 use flow::Note;
-use host_path::HostPath;
+use host_path::{Arrived, HostPath, Line};
 use ledger::{Event, Ledger, Restored};
 use session::SessionEvent;
 use wire::{Message, Tuple};
@@ -120,16 +120,26 @@ struct Coordinator {
     host_path: HostPath,
     forwarder: Option<(u32, mpsc::UnboundedSender<Sent>)>,
     sessions: HashMap<PeerAddress, mpsc::Sender<Message>>,
-    /// Host sockets that the forwarder has not been given yet.
-    sockets: HashMap<ConnId, Vec<OwnedFd>>,
+    /// Connections to peers that the forwarder has not been given yet.
+    lines: HashMap<ConnId, Lines>,
     scans: Scans,
     waiting: HashMap<Tuple, Vec<oneshot::Sender<Result<u64, Refusal>>>>,
     to_sessions: mpsc::Sender<SessionEvent>,
     to_made: mpsc::Sender<Made>,
 }
 
-/// A host connection made by us, or not.
-type Made = (ConnId, io::Result<Vec<OwnedFd>>);
+/// What a transaction needs.
+#[derive(Default)]
+struct Lines {
+    /// `ToHost`: one, or two for a connection within this host.
+    host: Vec<OwnedFd>,
+    hosts_wanted: usize,
+    /// Between two hosts.
+    witness: Option<OwnedFd>,
+}
+
+/// Lines made by us, or not.
+type Made = (ConnId, io::Result<Lines>);
 
 /// Scans under way, and who waits for them.
 #[derive(Default)]
@@ -150,10 +160,10 @@ pub async fn run(parts: Parts, mut inlets: Inlets) -> anyhow::Result<()> {
     let leave = parts.settings.leave;
     let mut coordinator = Coordinator {
         ledger: Ledger::new(u64::from_ne_bytes(seed), Instant::now()),
-        host_path: HostPath::open(parts.host_address, to_arrived)?,
+        host_path: HostPath::open(parts.host_address, to_arrived.clone())?,
         forwarder: None,
         sessions: HashMap::new(),
-        sockets: HashMap::new(),
+        lines: HashMap::new(),
         scans: Scans::default(),
         waiting: HashMap::new(),
         to_sessions: to_sessions.clone(),
@@ -161,7 +171,9 @@ pub async fn run(parts: Parts, mut inlets: Inlets) -> anyhow::Result<()> {
         parts,
     };
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    tokio::spawn(session::hear(inlets.peers, to_sessions));
+    let expected = coordinator.host_path.expected.clone();
+    let doors = session::Doors { events: to_sessions, expected, arrived: to_arrived };
+    tokio::spawn(session::hear(inlets.peers, doors));
     tokio::spawn(crate::forwarder::reach(coordinator.parts.settings.forwarder.clone(), to_forwarder));
     let (mut rules, mut scan) = (interval(RULES), interval(SCAN));
     rules.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -173,8 +185,8 @@ pub async fn run(parts: Parts, mut inlets: Inlets) -> anyhow::Result<()> {
             Some(event) = inlets.traced.recv() => coordinator.traced(event).await,
             Some(event) = forwarder.recv() => coordinator.forwarder(event).await,
             Some(event) = sessions.recv() => coordinator.session(event).await,
-            Some((conn, socket)) = arrived.recv() => coordinator.made(conn, Ok(vec![socket])).await,
-            Some((conn, sockets)) = made.recv() => coordinator.made(conn, sockets).await,
+            Some(line) = arrived.recv() => coordinator.arrived(line).await,
+            Some((conn, lines)) = made.recv() => coordinator.made(conn, lines).await,
             Some(wish) = inlets.wishes.recv() => coordinator.wish(wish).await,
             () = at(alarm) => coordinator.handle(Event::Alarm).await,
             _ = rules.tick() => coordinator.look_at_rules().await,
@@ -269,14 +281,26 @@ impl Coordinator {
         self.handle(event).await;
     }
 
-    async fn made(&mut self, conn: ConnId, sockets: io::Result<Vec<OwnedFd>>) {
-        let ready = match sockets {
-            Ok(sockets) => {
-                self.sockets.insert(conn, sockets);
+    async fn arrived(&mut self, (conn, line, socket): Arrived) {
+        // None: given up in the meantime.
+        let Some(lines) = self.lines.get_mut(&conn) else { return };
+        match line {
+            Line::Host => lines.host.push(socket),
+            Line::Witness => lines.witness = Some(socket),
+        }
+        if lines.witness.is_some() && lines.host.len() == lines.hosts_wanted {
+            self.handle(Event::Path(conn, true)).await;
+        }
+    }
+
+    async fn made(&mut self, conn: ConnId, lines: io::Result<Lines>) {
+        let ready = match lines {
+            Ok(lines) => {
+                self.lines.insert(conn, lines);
                 true
             }
             Err(error) => {
-                log::warn!("{conn}: the host connection could not be made: {error}");
+                log::warn!("{conn}: the connections to its other host could not be made: {error}");
                 false
             }
         };

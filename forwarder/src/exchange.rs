@@ -13,17 +13,19 @@ use std::{
 use forwarder_api::{MAX_UNREAD_BYTES, Refusal};
 use nix::sys::{
     memfd::{MFdFlags, memfd_create},
-    socket::{MsgFlags, recv},
+    socket::{MsgFlags, recv, setsockopt, sockopt::ReceiveTimeout},
+    time::{TimeVal, TimeValLike},
 };
 
 use crate::{
     freeze::Frozen,
     holders::{Holders, plan},
-    inject::{Block, Carried, Done, Gate, Lend, RECOVERY, TablePlan},
+    inject::{Block, Carried, Done, Gate, Lend, RECOVERY, channel},
     inspect::{InspectError, Inspector, SocketFacts},
     options::{self, SendRoom},
     process::{self, RemoteFd, Tgid},
     site::{PreparedEnd, may_be_moved},
+    table::{Plan, Rank, Verdict},
     transaction::Look,
 };
 
@@ -127,6 +129,34 @@ pub struct Substitution<'a> {
     pub carry: Vec<u8>,
 }
 
+/// How the processes of this end come to know that the new sockets stay.
+#[derive(Clone, Copy)]
+pub enum Deal<'a> {
+    /// Decider, with the witness.
+    Decides(BorrowedFd<'a>),
+    /// Follower, with the witness.
+    Follows(BorrowedFd<'a>),
+    /// Both ends are in these processes.
+    Within,
+}
+
+impl<'a> Deal<'a> {
+    fn verdict(self) -> Verdict {
+        match self {
+            Deal::Decides(_) => Verdict::FromPeer,
+            Deal::Follows(_) => Verdict::ToPeer,
+            Deal::Within => Verdict::Own,
+        }
+    }
+
+    fn witness(self) -> Option<BorrowedFd<'a>> {
+        match self {
+            Deal::Decides(witness) | Deal::Follows(witness) => Some(witness),
+            Deal::Within => None,
+        }
+    }
+}
+
 /// Processes that wait at the gate with the new sockets in hand.
 pub struct Armed {
     gate: Gate,
@@ -136,27 +166,25 @@ pub struct Armed {
 
 impl Armed {
     /// Bring the new sockets into every process. An error leaves all as it was.
-    pub fn arm(frozen: &mut Frozen, pairs: &[Substitution<'_>], deadline: Instant) -> Result<Armed, Refusal> {
-        let mut plans: BTreeMap<u64, TablePlan> = BTreeMap::new();
-        let mut carried: Vec<(usize, OwnedFd)> = Vec::new();
+    pub fn arm(
+        frozen: &mut Frozen,
+        pairs: &[Substitution<'_>],
+        deal: Deal<'_>,
+        deadline: Instant,
+    ) -> Result<Armed, Refusal> {
+        let mut files: Vec<(usize, OwnedFd)> = Vec::new();
         let mut rooms = Vec::new();
         for (index, pair) in pairs.iter().enumerate() {
             options::carry_over(pair.old, pair.new, pair.v6)?;
-            plan(&mut plans, pair.holders, &pair.facts, index, |table, fd: RemoteFd| {
-                process::open_flags(table.tid, fd).is_ok_and(|flags| flags & libc::O_CLOEXEC != 0)
-            })?;
             if !pair.carry.is_empty() {
-                carried.push((index, memory_file(&pair.carry)?));
+                files.push((index, memory_file(&pair.carry)?));
                 if let Some(room) = SendRoom::make(pair.new, pair.carry.len())? {
                     rooms.push((index, room));
                 }
             }
         }
-        if let Some(lead) = plans.values_mut().last() {
-            lead.carries = true;
-        }
-        let sockets: Vec<BorrowedFd<'_>> = pairs.iter().map(|pair| pair.new).collect();
-        let carried: Vec<Carried<'_>> = carried
+        let plans = plans(frozen, pairs)?;
+        let carried: Vec<Carried<'_>> = files
             .iter()
             .map(|(socket, file)| Carried {
                 file: file.as_fd(),
@@ -164,34 +192,47 @@ impl Armed {
                 socket: *socket,
             })
             .collect();
-        let lend = Lend { sockets: &sockets, carried: &carried };
-
+        let new: Vec<BorrowedFd<'_>> = pairs.iter().map(|pair| pair.new).collect();
+        let old: Vec<BorrowedFd<'_>> = pairs.iter().map(|pair| pair.old).collect();
+        let verdict = deal.verdict();
+        let others = plans.len() > 1;
+        // Our own ends are closed on return: an end of file says that no process has one any more.
+        let barrier = if others { Some(barrier()?) } else { None };
+        let ruling = if others && verdict != Verdict::FromPeer { Some(channel()?) } else { None };
         let mut armed = Armed { gate: Gate::new()?, blocks: Vec::new(), rooms };
-        let owner = |table: u64| {
-            pairs.iter().flat_map(|pair| &pair.holders.tables).find(|of| of.table == table).map(|of| of.tgid)
-        };
-        for (table, plan) in &plans {
-            let tgid = owner(*table).ok_or(Refusal::HolderVanished)?;
-            let block = match frozen.process(tgid) {
-                Some(process) => Block::arm(process, plan, &lend, &armed.gate, deadline),
+        for (index, (tgid, plan)) in plans.iter().enumerate() {
+            let leads = index == 0;
+            let lend = Lend {
+                rank: if leads { Rank::Lead { others } } else { Rank::Other },
+                verdict,
+                new: &new,
+                old: &old,
+                carried: if leads { &carried } else { &[] },
+                barrier: end_of(&barrier, leads),
+                ruling: end_of(&ruling, leads),
+                witness: deal.witness(),
+            };
+            let result = match frozen.process(*tgid) {
+                Some(process) => {
+                    let (block, result) = Block::arm(process, plan, &lend, &armed.gate, deadline);
+                    armed.blocks.push((*tgid, block));
+                    result
+                }
                 None => Err(Refusal::HolderVanished),
             };
-            match block {
-                Ok(block) => armed.blocks.push((tgid, block)),
-                Err(reason) => {
-                    armed.turn_back(frozen);
-                    return Err(reason);
-                }
+            if let Err(reason) = result {
+                armed.turn_back(frozen);
+                return Err(reason);
             }
         }
         Ok(armed)
     }
 
-    /// Open the gate, wait until the sockets are in place.
-    pub fn install(self, frozen: &mut Frozen, pairs: &[Substitution<'_>]) -> Result<(), Refusal> {
+    /// Open the gate, wait until the sockets are in place, or until all processes have gone back by themselves.
+    pub fn install(self, frozen: &mut Frozen, pairs: &[Substitution<'_>]) -> Result<Installed, Refusal> {
         self.gate.open()?;
         let deadline = Instant::now() + INSTALL_TIME;
-        let mut result = Ok(());
+        let mut result = Ok(Installed { heard: true });
         for (tgid, block) in self.blocks {
             let done = match frozen.process(tgid) {
                 Some(process) => block.finish(process, deadline),
@@ -200,8 +241,9 @@ impl Armed {
             match done {
                 // An error: the process has ended, or its block is slow and goes to its end without us. What is past the
                 // gate cannot be called back.
-                Ok(Done::Replaced) | Err(_) => {}
-                Ok(Done::TurnedBack) => result = Err(Refusal::InjectionFailed),
+                Ok(Done::Replaced { heard: true }) | Err(_) => {}
+                Ok(Done::Replaced { heard: false }) => result = result.map(|_| Installed { heard: false }),
+                Ok(Done::TurnedBack) => result = Err(Refusal::PeerAborted),
             }
         }
         for (index, room) in self.rooms {
@@ -220,6 +262,50 @@ impl Armed {
             }
         }
     }
+}
+
+/// The lead's end of a channel, or the one that all others have.
+fn end_of(channel: &Option<(OwnedFd, OwnedFd)>, lead: bool) -> Option<BorrowedFd<'_>> {
+    let (leads, others) = channel.as_ref()?;
+    Some(if lead { leads.as_fd() } else { others.as_fd() })
+}
+
+/// The new sockets are in place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Installed {
+    /// False: at a decider whose peer said nothing, neither that it has moved nor that it will not.
+    pub heard: bool,
+}
+
+/// How long a lead waits for the other processes of its end.
+const BARRIER_SECONDS: i64 = 1;
+
+/// The lead's end, and the one of the others.
+fn barrier() -> Result<(OwnedFd, OwnedFd), Refusal> {
+    let (collects, tells) = channel()?;
+    setsockopt(&collects, ReceiveTimeout, &TimeVal::seconds(BARRIER_SECONDS))
+        .map_err(|_| Refusal::InjectionFailed)?;
+    Ok((collects, tells))
+}
+
+/// What each frozen process has to do, its lead first. Those with nothing to replace only hold their threads.
+fn plans(frozen: &Frozen, pairs: &[Substitution<'_>]) -> Result<Vec<(Tgid, Plan)>, Refusal> {
+    let mut tables: BTreeMap<u64, Plan> = BTreeMap::new();
+    for (index, pair) in pairs.iter().enumerate() {
+        plan(&mut tables, pair.holders, &pair.facts, index, |table, fd: RemoteFd| {
+            process::open_flags(table.tid, fd).is_ok_and(|flags| flags & libc::O_CLOEXEC != 0)
+        })?;
+    }
+    let mut plans: BTreeMap<Tgid, Plan> =
+        frozen.processes().iter().map(|process| (process.tgid, Plan::default())).collect();
+    let all_tables = || pairs.iter().flat_map(|pair| &pair.holders.tables);
+    for (table, plan) in tables {
+        let owner = all_tables().find(|of| of.table == table).ok_or(Refusal::HolderVanished)?;
+        plans.insert(owner.tgid, plan);
+    }
+    let mut plans: Vec<(Tgid, Plan)> = plans.into_iter().collect();
+    plans.sort_by_key(|(_, plan)| plan.replacements.is_empty());
+    Ok(plans)
 }
 
 /// Not logged: something is frozen.

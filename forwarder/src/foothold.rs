@@ -11,7 +11,7 @@ use std::{io, sync::OnceLock};
 use forwarder_api::Refusal;
 
 use crate::{
-    arch,
+    arch::{self, Regs},
     process::{Memory, RemoteAddr},
 };
 
@@ -25,6 +25,14 @@ pub struct Foothold {
     pub at: RemoteAddr,
     /// Scratch memory, once the block has made it.
     pub scratch: Option<RemoteAddr>,
+    /// Memory for the holds of all threads but one, if there were ever more than one.
+    pub shelter: Option<Shelter>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shelter {
+    pub at: RemoteAddr,
+    pub length: usize,
 }
 
 impl Foothold {
@@ -35,21 +43,45 @@ impl Foothold {
         let mut there = vec![0; arch::foothold_len()];
         memory.read(at, &mut there).map_err(|_| Refusal::HolderVanished)?;
         if there.starts_with(&arch::FOOTHOLD_MAGIC) {
-            let mut scratch = [0; 8];
-            scratch.copy_from_slice(&there[8..16]);
-            let scratch = u64::from_le_bytes(scratch);
-            return Ok(Foothold { at, scratch: (scratch != 0).then_some(RemoteAddr(scratch)) });
+            let word = |index: usize| {
+                let bytes = there[8 * index..].first_chunk().copied();
+                bytes.map_or(0, u64::from_le_bytes)
+            };
+            let (scratch, shelter, length) = (word(1), word(2), word(3) as usize);
+            return Ok(Foothold {
+                at,
+                scratch: (scratch != 0).then_some(RemoteAddr(scratch)),
+                shelter: (shelter != 0).then_some(Shelter { at: RemoteAddr(shelter), length }),
+            });
         }
         if there.iter().any(|byte| *byte != 0) {
             return Err(Refusal::NoInjectionRoom);
         }
         memory.write(at, arch::foothold()).map_err(|_| Refusal::NoInjectionRoom)?;
-        Ok(Foothold { at, scratch: None })
+        Ok(Foothold { at, scratch: None, shelter: None })
     }
 
-    /// Does the instruction pointer stand in the block? Then a forwarder died while it ran, and it is not over yet.
+    /// What stands at the beginning of the foothold while a thread with these registers and this signal mask runs the
+    /// block.
+    pub fn data(&self, regs: &Regs, mask: u64) -> Vec<u8> {
+        let shelter = self.shelter.map_or((0, 0), |shelter| (shelter.at.0, shelter.length as u64));
+        arch::foothold_data(self.scratch.map_or(0, |at| at.0), shelter, regs, mask)
+    }
+
+    /// Bytes of shelter to be made for `threads` more threads than the one that runs the block; zero if they have room.
+    pub fn shelter_missing(&self, threads: usize) -> usize {
+        let needed = threads * arch::hold_len();
+        let room = self.shelter.map_or(0, |shelter| shelter.length);
+        if needed <= room { 0 } else { needed.next_power_of_two().next_multiple_of(PAGE) }
+    }
+
+    /// Does the instruction pointer stand in the block or in a hold? Then a forwarder died while the block ran, and it
+    /// is not over yet.
     pub fn is_in_block(&self, rip: u64) -> bool {
-        (self.at.0 + arch::block_offset()..self.at.0 + arch::resume_offset()).contains(&rip)
+        let sheltered =
+            |shelter: Shelter| (shelter.at.0..shelter.at.0 + shelter.length as u64).contains(&rip);
+        self.shelter.is_some_and(sheltered)
+            || (self.at.0 + arch::block_offset()..self.at.0 + arch::resume_offset()).contains(&rip)
     }
 
     pub fn is_in_resume(&self, rip: u64) -> bool {

@@ -25,6 +25,7 @@ use crate::{
     arch::{self, Interrupted, Partial, Regs},
     foothold::Foothold,
     process::{self, Memory, RemoteAddr, RemoteFd, Tgid, Tid},
+    rseq,
 };
 
 /// How long to sleep between two looks at threads that do not stand still yet.
@@ -43,8 +44,8 @@ struct FrozenThread {
     tid: Tid,
     /// What the thread goes on with.
     regs: Regs,
-    /// It has other registers at this moment.
-    dirty: bool,
+    /// Its own signal mask, while it is in a hold.
+    held: Option<u64>,
 }
 
 /// Processes that stand still. Dropping it thaws them.
@@ -162,7 +163,7 @@ impl Frozen {
         let mut process = FrozenProcess {
             tgid,
             pidfd: process::pidfd(tgid).map_err(vanished)?,
-            foothold: Foothold { at: RemoteAddr(0), scratch: None },
+            foothold: Foothold { at: RemoteAddr(0), scratch: None, shelter: None },
             memory,
             threads: Vec::new(),
         };
@@ -175,11 +176,13 @@ impl Frozen {
             if stopped.get(&tid) != Some(&Stop::Interrupted) {
                 refusal = Some(Refusal::HolderStopped);
             }
-            process.threads.push(FrozenThread { tid, regs, dirty: false });
+            process.threads.push(FrozenThread { tid, regs, held: None });
         }
         if process.threads.is_empty() {
             return Err(Refusal::HolderVanished);
         }
+        // A thread that waits in a system call is the first choice for the block.
+        process.threads.sort_by_key(|thread| !arch::in_syscall(&thread.regs));
         process.foothold = Foothold::establish(&process.memory, vdso)?;
         for index in 0..process.threads.len() {
             // Every thread is put right, also when another one makes the swap impossible.
@@ -202,14 +205,7 @@ impl Frozen {
 
 impl Drop for Frozen {
     fn drop(&mut self) {
-        for process in &mut self.processes {
-            for thread in &mut process.threads {
-                if thread.dirty {
-                    // ESRCH: killed meanwhile; there is nothing to put right any more.
-                    let _ = write_regs(thread.tid, thread.regs);
-                }
-            }
-        }
+        // A thread that has other registers than its own at this moment gets them back from the code that it stands in.
         for tid in self.seized.keys() {
             // A thread that is not stopped yet cannot be detached here: the end of this tracer thread does it.
             let _ = ptrace::detach(Pid::from_raw(tid.0), None);
@@ -222,6 +218,11 @@ impl FrozenProcess {
         let FrozenThread { tid, regs, .. } = self.threads[index];
         if self.foothold.is_in_block(regs.rip) {
             return Err(Refusal::HolderBusy);
+        }
+        if let Some(abort) = rseq::abort_of(tid, &self.memory, &regs) {
+            let regs = arch::continue_at(&regs, abort);
+            self.threads[index].regs = regs;
+            return write_regs(tid, regs).map_err(|_| Refusal::HolderVanished);
         }
         match arch::interrupted(&regs) {
             Interrupted::No => Ok(()),
@@ -262,35 +263,52 @@ impl FrozenProcess {
         self.threads.len()
     }
 
-    /// A thread to run injected code in, and what it goes on with afterwards.
-    pub fn lend_thread(&mut self) -> Lent<'_> {
-        let thread = &mut self.threads[0];
-        thread.dirty = true;
-        Lent { tid: thread.tid, regs: thread.regs, dirty: &mut thread.dirty }
+    /// The thread to run injected code in, and what it goes on with afterwards.
+    pub fn lend_thread(&self) -> (Tid, Regs) {
+        (self.threads[0].tid, self.threads[0].regs)
     }
-}
 
-impl FrozenProcess {
     /// The lent thread came back by itself, ran on, and was stopped again: freeze it where it is now.
     pub fn take_back_thread(&mut self) -> Result<(), Refusal> {
         let thread = &mut self.threads[0];
         thread.regs = read_regs(thread.tid).map_err(|_| Refusal::HolderVanished)?;
-        thread.dirty = false;
         self.undo_interruption(0)
     }
-}
 
-/// A stopped thread that somebody changes the registers of. Until [`Lent::give_back`], the thaw restores them.
-pub struct Lent<'a> {
-    pub tid: Tid,
-    pub regs: Regs,
-    dirty: &'a mut bool,
-}
+    /// Put every thread but the lent one into a hold of its own, to wait there, if we die, until the word at `over` is
+    /// not zero.
+    pub fn hold_other_threads(&mut self, over: u64) -> Result<(), Refusal> {
+        let vanished = |_| Refusal::HolderVanished;
+        let Some(shelter) = self.foothold.shelter else { return Ok(()) };
+        let others = &mut self.threads[1..];
+        let mut holds = Vec::with_capacity(others.len() * arch::hold_len());
+        let mut masks = Vec::with_capacity(others.len());
+        for thread in others.iter() {
+            let mask = signal_mask(thread.tid)?;
+            masks.push(mask);
+            holds.extend(arch::hold(&thread.regs, mask, over));
+        }
+        self.memory.write(shelter.at, &holds).map_err(vanished)?;
+        for (index, (thread, mask)) in others.iter_mut().zip(masks).enumerate() {
+            let hold = shelter.at.0 + (index * arch::hold_len()) as u64;
+            // The registers first: killed between the two, we leave a thread that waits with its own mask.
+            write_regs(thread.tid, arch::enter_hold(&thread.regs, hold))
+                .map_err(|_| Refusal::HolderVanished)?;
+            thread.held = Some(mask);
+            set_signal_mask(thread.tid, u64::MAX)?;
+        }
+        Ok(())
+    }
 
-impl Lent<'_> {
-    /// The thread has its own registers again.
-    pub fn give_back(self) {
-        *self.dirty = false;
+    /// The block is over: every thread that is in a hold shall go on as it was frozen.
+    pub fn release_other_threads(&mut self) -> Result<(), Refusal> {
+        for thread in &mut self.threads[1..] {
+            if let Some(mask) = thread.held.take() {
+                set_signal_mask(thread.tid, mask)?;
+                write_regs(thread.tid, thread.regs).map_err(|_| Refusal::HolderVanished)?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -347,7 +365,7 @@ pub fn wait_for_stop(tid: Tid, deadline: Instant) -> Result<Stop, Refusal> {
         match stop_of(tid) {
             Some(Stop::Gone) => return Err(Refusal::HolderVanished),
             Some(stop) => return Ok(stop),
-            None if Instant::now() >= deadline => return Err(Refusal::InjectionFailed),
+            None if Instant::now() >= deadline => return Err(Refusal::FreezeBudget),
             None => std::hint::spin_loop(),
         }
     }
@@ -366,3 +384,20 @@ pub fn read_regs(tid: Tid) -> Result<Regs, pete::Error> {
 pub fn write_regs(tid: Tid, regs: Regs) -> Result<(), pete::Error> {
     tracee(tid).set_registers(regs)
 }
+
+pub fn signal_mask(tid: Tid) -> Result<u64, Refusal> {
+    let mut mask = 0u64;
+    // SAFETY: PTRACE_GETSIGMASK writes `addr` = 8 bytes to the place that `data` points to.
+    let ret = unsafe { libc::ptrace(PTRACE_GETSIGMASK, tid.0, 8usize, &raw mut mask) };
+    if ret < 0 { Err(Refusal::HolderVanished) } else { Ok(mask) }
+}
+
+pub fn set_signal_mask(tid: Tid, mask: u64) -> Result<(), Refusal> {
+    // SAFETY: PTRACE_SETSIGMASK reads `addr` = 8 bytes from the place that `data` points to.
+    let ret = unsafe { libc::ptrace(PTRACE_SETSIGMASK, tid.0, 8usize, &raw const mask) };
+    if ret < 0 { Err(Refusal::HolderVanished) } else { Ok(()) }
+}
+
+/// ptrace(2), Linux 3.11; not in the libc crate.
+const PTRACE_GETSIGMASK: libc::c_uint = 0x420a;
+const PTRACE_SETSIGMASK: libc::c_uint = 0x420b;

@@ -8,9 +8,9 @@ use std::collections::BTreeMap;
 use forwarder_api::Refusal;
 
 use crate::{
-    inject::{Replacement, TablePlan, WatcherPlan},
     inspect::{Descriptor, Kind, SocketFacts},
     process::{RemoteFd, Tgid, Tid},
+    table::{Plan, Replacement, WatcherPlan},
 };
 
 /// The descriptors of one socket in one descriptor table. Several processes may share a table (CLONE_FILES); the
@@ -78,7 +78,7 @@ impl Holders {
 /// What to do to each table so that socket `index` takes the place of the one that `holders` hold, while `facts` is
 /// what it looks like. Plans are added to those of other sockets of the same tables.
 pub fn plan(
-    plans: &mut BTreeMap<u64, TablePlan>,
+    plans: &mut BTreeMap<u64, Plan>,
     holders: &Holders,
     facts: &SocketFacts,
     index: usize,

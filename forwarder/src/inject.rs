@@ -1,21 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Runs a table of system calls in a frozen process: sockets in, old ones out.
 //!
-//! Sequence, for one process (the *block* is the code described in [`crate::arch`]):
+//! Sequence, for one process (the *block* is the code described in [`crate::arch`], its calls are in [`crate::table`]):
 //! ```text
 //! forwarder                                  block, in a borrowed thread of the process
 //! write foothold data, start it              mmap scratch memory (first time only)
 //! write the table of calls                   socketpair
-//! copy one end of the pair, send the         close that end, recvmsg: gate, host sockets, carried bytes
+//! copy one end of the pair, send the         close that end, recvmsg: sockets, carried bytes, gate
 //!   descriptors                              send "armed", wait at the gate (recv MSG_PEEK)
+//! put the other threads into their holds
 //! ...every process armed: one byte on the gate lets all go; closing it turns all back...
-//!                                            epoll_ctl DEL, dup3, epoll_ctl ADD; sendfile(carried bytes)
+//!                                            replace, carry, come to a verdict
 //!                                            close all that was lent, send "done", wait a moment
-//! stop it, put the registers back
+//! stop it, put the registers back, the other threads' too
 //! ```
 //! The gate is one socket shared by all processes of an end, so that one `send` decides for all of them, and a dead
 //! forwarder is an end of file at the gate: every block turns back. After the byte, every block goes through to its
-//! end without us. Invariants 4 and 8 of the design rest on this.
+//! end without us, and no other thread runs before. Invariants 4 and 8 of the design rest on this.
 
 use std::{
     io::{IoSlice, IoSliceMut},
@@ -36,53 +37,27 @@ use nix::{
 
 use crate::{
     arch::{self, Call, Regs, scratch},
-    freeze::{FrozenProcess, Stop, go_on, read_regs, wait_for_stop, write_regs},
+    foothold::{Foothold, Shelter},
+    freeze::{
+        FrozenProcess, Stop, go_on, read_regs, set_signal_mask, signal_mask, wait_for_stop, write_regs,
+    },
     process::{self, RemoteAddr, RemoteFd, Tid},
+    table::{COMMIT, INSTALLED, Lent, Plan, Rank, Table, Verdict, result_at},
 };
-
-/// Everything that is done to one descriptor table, after the gate.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct TablePlan {
-    /// Registrations to take away before and to make again after.
-    pub watchers: Vec<WatcherPlan>,
-    pub replacements: Vec<Replacement>,
-    /// This table's block sends the carried bytes (see [`Lend::carried`]), after everything else.
-    pub carries: bool,
-}
-
-impl TablePlan {
-    /// Is there room for it in a process's scratch memory?
-    fn fits(&self, lend: &Lend<'_>) -> bool {
-        /// All that there is once in each block: the pair, the report, the gate, and their ends.
-        const FRAME: usize = 16;
-        let descriptors = 1 + lend.sockets.len() + lend.carried.len();
-        let calls = FRAME + 2 * descriptors + 2 * self.watchers.len() + self.replacements.len();
-        calls <= scratch::MAX_CALLS
-            && self.watchers.len() <= scratch::MAX_EVENTS
-            && descriptors <= scratch::MAX_FDS
-    }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct WatcherPlan {
-    pub epoll: RemoteFd,
-    pub fd: RemoteFd,
-    pub events: u32,
-    pub data: u64,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Replacement {
-    pub fd: RemoteFd,
-    pub close_on_exec: bool,
-    /// Index of the new socket.
-    pub socket: usize,
-}
 
 /// What a process is lent for the time of the block.
 pub struct Lend<'a> {
-    pub sockets: &'a [BorrowedFd<'a>],
+    pub rank: Rank,
+    pub verdict: Verdict,
+    pub new: &'a [BorrowedFd<'a>],
+    pub old: &'a [BorrowedFd<'a>],
+    /// The lead's alone.
     pub carried: &'a [Carried<'a>],
+    /// Where the lead waits for the others, or they tell it.
+    pub barrier: Option<BorrowedFd<'a>>,
+    /// Where the lead gives its verdict, or they wait for it.
+    pub ruling: Option<BorrowedFd<'a>>,
+    pub witness: Option<BorrowedFd<'a>>,
 }
 
 /// A memory file whose bytes go into a new socket after the gate.
@@ -94,6 +69,27 @@ pub struct Carried<'a> {
     pub socket: usize,
 }
 
+impl Lend<'_> {
+    fn lent(&self) -> Lent {
+        Lent {
+            sockets: self.new.len(),
+            carried: self.carried.iter().map(|carried| (carried.length, carried.socket)).collect(),
+            barrier: self.barrier.is_some(),
+            verdict: self.ruling.is_some(),
+            witness: self.witness.is_some(),
+        }
+    }
+
+    /// In the order that [`Lent`] knows.
+    fn descriptors(&self, gate: &Gate) -> Vec<RawFd> {
+        let files = self.carried.iter().map(|carried| &carried.file);
+        let sockets = self.new.iter().chain(self.old);
+        let channels = self.barrier.iter().chain(&self.ruling).chain(&self.witness);
+        let lent = sockets.chain(files).chain(channels);
+        lent.map(AsRawFd::as_raw_fd).chain([gate.wait.as_raw_fd()]).collect()
+    }
+}
+
 /// The decision for all processes of an end: one byte lets all blocks go, dropping it turns all back.
 pub struct Gate {
     decide: OwnedFd,
@@ -102,9 +98,7 @@ pub struct Gate {
 
 impl Gate {
     pub fn new() -> Result<Gate, Refusal> {
-        let (decide, wait) =
-            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
-                .map_err(|_| Refusal::InjectionFailed)?;
+        let (decide, wait) = channel()?;
         Ok(Gate { decide, wait })
     }
 
@@ -124,15 +118,18 @@ impl Gate {
     pub fn close(self) {}
 }
 
-/// Positions of the calls in the table.
-const RECVMSG: usize = 2;
+/// Two ends that blocks speak and wait on.
+pub fn channel() -> Result<(OwnedFd, OwnedFd), Refusal> {
+    socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+        .map_err(|_| Refusal::InjectionFailed)
+}
 
 /// How a block ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Done {
-    /// It went through the gate and replaced the descriptors.
-    Replaced,
-    /// It turned back at the gate, or before; the process is as it was.
+    /// It went through the gate and replaced the descriptors. `heard`: the peer's word came, where one was waited for.
+    Replaced { heard: bool },
+    /// It turned back at the gate, or before or after; the process is as it was.
     TurnedBack,
 }
 
@@ -141,76 +138,57 @@ pub struct Block {
     tid: Tid,
     regs: Regs,
     mask: u64,
-    foothold: crate::foothold::Foothold,
+    foothold: Foothold,
     /// Our end of the pair; `None` until the block has made it.
     pair: Option<OwnedFd>,
-    calls: usize,
-    gate: usize,
-    first_replacement: usize,
-    replacements: usize,
+    table: Option<Table>,
     /// The thread has left the place where it was frozen.
     started: bool,
 }
 
 impl Block {
-    /// Start the block, up to the gate. An error leaves the process as it was.
+    /// Start the block, up to the gate, and put the other threads into their holds. After an error, too, the block must
+    /// be finished, once the gate is closed; the process is then as it was.
     pub fn arm(
         process: &mut FrozenProcess,
-        plan: &TablePlan,
+        plan: &Plan,
         lend: &Lend<'_>,
         gate: &Gate,
         deadline: Instant,
-    ) -> Result<Block, Refusal> {
-        if !plan.fits(lend) {
-            return Err(Refusal::TooManyDescriptors);
+    ) -> (Block, Result<(), Refusal>) {
+        let (tid, regs) = process.lend_thread();
+        let foothold = process.foothold;
+        let mut block = Block { tid, regs, mask: 0, foothold, pair: None, table: None, started: false };
+        let armed = block.start(process, plan, lend, gate, deadline);
+        if armed.is_err() {
+            // A block that waits for descriptors turns back by itself.
+            block.pair = None;
         }
-        let lent = process.lend_thread();
-        let (tid, regs) = (lent.tid, lent.regs);
-        let mask = signal_mask(tid)?;
-        let mut block = Block {
-            tid,
-            regs,
-            mask,
-            foothold: process.foothold,
-            pair: None,
-            calls: 0,
-            gate: 0,
-            first_replacement: 0,
-            replacements: plan.replacements.len(),
-            started: false,
-        };
-        match block.start(process, plan, lend, gate, deadline) {
-            Ok(()) => Ok(block),
-            Err(reason) => {
-                // Without its pair's other end the block turns back by itself.
-                block.pair = None;
-                block.finish(process, deadline + RECOVERY)?;
-                Err(reason)
-            }
-        }
+        (block, armed)
     }
 
     fn start(
         &mut self,
         process: &mut FrozenProcess,
-        plan: &TablePlan,
+        plan: &Plan,
         lend: &Lend<'_>,
         gate: &Gate,
         deadline: Instant,
     ) -> Result<(), Refusal> {
         let vanished = |_| Refusal::HolderVanished;
-        let scratch_at = process.foothold.scratch.map_or(0, |at| at.0);
-        let data = arch::foothold_data(scratch_at, &self.regs, self.mask);
+        self.mask = signal_mask(self.tid)?;
+        let data = process.foothold.data(&self.regs, self.mask);
         process.memory.write(process.foothold.at, &data).map_err(vanished)?;
         // A container's seccomp filter does not know the block's calls. (EPERM: we are filtered ourselves, or the
         // kernel cannot; then the filter decides.)
         let options = ptrace::Options::PTRACE_O_TRACESYSGOOD
             | ptrace::Options::from_bits_retain(libc::PTRACE_O_SUSPEND_SECCOMP);
         let _ = ptrace::setoptions(Pid::from_raw(self.tid.0), options);
-        set_signal_mask(self.tid, u64::MAX)?;
+        // The registers first: were we killed between the two, the block would still give the thread its mask back.
         write_regs(self.tid, arch::start_block(&self.regs, process.foothold.at.0))
             .map_err(|_| Refusal::HolderVanished)?;
         self.started = true;
+        set_signal_mask(self.tid, u64::MAX)?;
 
         if process.foothold.scratch.is_none() {
             let made = self.step_over_syscall(deadline)?;
@@ -218,15 +196,21 @@ impl Block {
                 return Err(Refusal::InjectionFailed);
             }
             process.foothold.scratch = Some(RemoteAddr(made as u64));
-            process
-                .memory
-                .write(RemoteAddr(process.foothold.at.0 + 8), &made.to_ne_bytes())
-                .map_err(vanished)?;
+            self.note_foothold(process)?;
         }
-        self.foothold = process.foothold;
         let scratch_at = process.foothold.scratch.map_or(0, |at| at.0);
-        let image = self.image(scratch_at, plan, lend);
+        let (shelter, lent) = (process.foothold.shelter_missing(process.thread_count() - 1), lend.lent());
+        let table = Table::new(scratch_at, plan, lend.rank, lend.verdict, &lent, shelter);
+        if table.calls.len() >= scratch::MAX_CALLS
+            || plan.watchers.len() > scratch::MAX_EVENTS
+            || lent.count() > scratch::MAX_FDS
+        {
+            return Err(Refusal::TooManyDescriptors);
+        }
+        let image = image(scratch_at, plan, lent.count(), &table.calls);
         process.memory.write(RemoteAddr(scratch_at), &image).map_err(vanished)?;
+        let table = self.table.insert(table);
+        let (recvmsg, shelter_call, over) = (table.recvmsg, table.shelter, table.over);
 
         if self.step_over_syscall(deadline)? < 0 {
             return Err(Refusal::NoFreeDescriptor);
@@ -235,10 +219,23 @@ impl Block {
         process.memory.read(RemoteAddr(scratch_at + scratch::PAIR), &mut pair).map_err(vanished)?;
         let theirs = RemoteFd(i32::from_ne_bytes([pair[4], pair[5], pair[6], pair[7]]));
         let ours = process::copy_fd(&process.pidfd, theirs).map_err(|_| Refusal::InjectionFailed)?;
-        self.send_descriptors(&ours, lend, gate)?;
+        send_descriptors(&ours, &lend.descriptors(gate))?;
         self.pair = Some(ours);
         go_on(libc::PTRACE_CONT, self.tid, 0)?;
-        self.wait_armed(lend, deadline)
+        let armed = self.wait_armed(recvmsg, lent.count(), deadline)?;
+        if let Some(call) = shelter_call {
+            let at = result(&armed, call).filter(|at| *at > 0).ok_or(Refusal::InjectionFailed)?;
+            process.foothold.shelter = Some(Shelter { at: RemoteAddr(at as u64), length: shelter });
+            self.note_foothold(process)?;
+        }
+        process.hold_other_threads(scratch_at + result_at(over))
+    }
+
+    /// Another forwarder shall find what belongs to the foothold.
+    fn note_foothold(&mut self, process: &FrozenProcess) -> Result<(), Refusal> {
+        self.foothold = process.foothold;
+        let data = process.foothold.data(&self.regs, self.mask);
+        process.memory.write(process.foothold.at, &data).map_err(|_| Refusal::HolderVanished)
     }
 
     /// From a stop before a system call: let it happen, and see its result.
@@ -258,153 +255,16 @@ impl Block {
         Ok(arch::syscall_result(&read_regs(self.tid).map_err(|_| Refusal::HolderVanished)?))
     }
 
-    /// The contents of the scratch memory.
-    fn image(&mut self, at: u64, plan: &TablePlan, lend: &Lend<'_>) -> Vec<u8> {
-        let descriptors = 1 + lend.sockets.len() + lend.carried.len();
-        let mut image = vec![0; scratch::CALLS as usize];
-        let mut put = |offset: u64, bytes: &[u8]| {
-            image[offset as usize..offset as usize + bytes.len()].copy_from_slice(bytes);
-        };
-        // struct iovec { &BYTE, 1 }; struct msghdr { .., &IOVEC, 1, &CONTROL, length, .. }
-        put(scratch::IOVEC, &(at + scratch::BYTE).to_ne_bytes());
-        put(scratch::IOVEC + 8, &1u64.to_ne_bytes());
-        put(scratch::MSGHDR + 16, &(at + scratch::IOVEC).to_ne_bytes());
-        put(scratch::MSGHDR + 24, &1u64.to_ne_bytes());
-        put(scratch::MSGHDR + 32, &(at + scratch::CONTROL).to_ne_bytes());
-        put(scratch::MSGHDR + 40, &(16 + 4 * descriptors as u64).to_ne_bytes());
-        // A descriptor that does not arrive is -1, never 0.
-        put(scratch::PAIR, &[0xff; 8]);
-        put(scratch::FDS, &[0xff; 4 * scratch::MAX_FDS]);
-        for (index, watcher) in plan.watchers.iter().enumerate() {
-            let event = scratch::EVENTS + 12 * index as u64;
-            put(event, &watcher.events.to_ne_bytes());
-            put(event + 4, &watcher.data.to_ne_bytes());
-        }
-        let calls = self.calls(at, plan, lend);
-        self.calls = calls.len();
-        for call in &calls {
-            // SAFETY: Call is repr(C) without padding beyond its own field, made of integers.
-            let bytes = unsafe {
-                std::slice::from_raw_parts(std::ptr::from_ref(call).cast::<u8>(), size_of::<Call>())
-            };
-            image.extend_from_slice(bytes);
-        }
-        image.extend_from_slice(&[0; size_of::<Call>()]);
-        image
-    }
-
-    fn calls(&mut self, at: u64, plan: &TablePlan, lend: &Lend<'_>) -> Vec<Call> {
-        const FAR_END: u64 = scratch::PAIR + 4;
-        let gate_fd = scratch::FDS;
-        let socket_fd = |index: usize| scratch::FDS + 4 * (1 + index as u64);
-        let carried_fd = |index: usize| socket_fd(lend.sockets.len() + index);
-        let report = |calls: &[Call]| (calls.len() + 1) * size_of::<Call>() + scratch::CALLS as usize;
-
-        let mut body = Vec::new();
-        for watcher in &plan.watchers {
-            let (epoll, fd) = (watcher.epoll.0 as u64, watcher.fd.0 as u64);
-            body.push(Call::new(libc::SYS_epoll_ctl, &[epoll, libc::EPOLL_CTL_DEL as u64, fd, 0]));
-        }
-        let first_replacement = body.len();
-        let registrations = 2 * plan.watchers.len();
-        let carry = if plan.carries { lend.carried.len() } else { 0 };
-        let clean = 5 + registrations + plan.replacements.len() + carry;
-        for replacement in &plan.replacements {
-            let flags = if replacement.close_on_exec { libc::O_CLOEXEC as u64 } else { 0 };
-            body.push(
-                Call::new(libc::SYS_dup3, &[0, replacement.fd.0 as u64, flags])
-                    .indirect(0, socket_fd(replacement.socket))
-                    // The carried bytes begin with the mark that says that all is in place: not if it is not.
-                    .or_go_to(0, clean),
-            );
-        }
-        for (index, watcher) in plan.watchers.iter().enumerate() {
-            let (epoll, fd) = (watcher.epoll.0 as u64, watcher.fd.0 as u64);
-            let event = at + scratch::EVENTS + 12 * index as u64;
-            body.push(Call::new(libc::SYS_epoll_ctl, &[epoll, libc::EPOLL_CTL_ADD as u64, fd, event]));
-        }
-
-        let pair = || Call::new(libc::SYS_close, &[0]).indirect(0, scratch::PAIR);
-        let end = clean + 1 + lend.sockets.len() + lend.carried.len() + 2;
-        let seqpacket = (libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC) as u64;
-        let mut calls = vec![
-            Call::new(libc::SYS_socketpair, &[libc::AF_UNIX as u64, seqpacket, 0, at + scratch::PAIR])
-                .or_go_to(0, end),
-            Call::new(libc::SYS_close, &[0]).indirect(0, FAR_END),
-            Call::new(libc::SYS_recvmsg, &[0, at + scratch::MSGHDR, libc::MSG_CMSG_CLOEXEC as u64])
-                .indirect(0, scratch::PAIR)
-                .or_go_to(1, clean),
-            Call::new(libc::SYS_sendto, &[0, at, 0, libc::MSG_NOSIGNAL as u64, 0, 0])
-                .indirect(0, scratch::PAIR)
-                .or_go_to(0, clean),
-            Call::new(libc::SYS_recvfrom, &[0, at + scratch::BYTE, 1, libc::MSG_PEEK as u64, 0, 0])
-                .indirect(0, gate_fd)
-                .or_go_to(1, clean),
-        ];
-        self.gate = calls.len() - 1;
-        self.first_replacement = calls.len() + first_replacement;
-        calls.append(&mut body);
-        for (index, carried) in lend.carried.iter().take(carry).enumerate() {
-            // Until the memory file is at its end. The exact length: a larger one would make sendfile(2) say
-            // MSG_MORE, and TCP keep the last segment back for 200 ms.
-            let again = calls.len();
-            calls.push(
-                Call::new(libc::SYS_sendfile, &[0, 0, 0, carried.length as u64])
-                    .indirect(0, socket_fd(carried.socket))
-                    .indirect(1, carried_fd(index))
-                    .or_go_to(1, again + 1)
-                    .then_go_to(again),
-            );
-        }
-        calls.push(Call::new(libc::SYS_close, &[0]).indirect(0, gate_fd));
-        for index in 0..lend.sockets.len() {
-            calls.push(Call::new(libc::SYS_close, &[0]).indirect(0, socket_fd(index)));
-        }
-        for index in 0..lend.carried.len() {
-            calls.push(Call::new(libc::SYS_close, &[0]).indirect(0, carried_fd(index)));
-        }
-        calls.push(
-            Call::new(libc::SYS_sendto, &[0, at, 0, libc::MSG_NOSIGNAL as u64, 0, 0])
-                .indirect(0, scratch::PAIR),
-        );
-        calls.push(pair());
-        debug_assert_eq!(calls.len(), end);
-        let length = report(&calls) as u64;
-        for call in &mut calls {
-            if call.number_plus_one == libc::SYS_sendto as u32 + 1 {
-                call.args[2] = length;
-            }
-        }
-        calls
-    }
-
-    fn send_descriptors(&self, pair: &OwnedFd, lend: &Lend<'_>, gate: &Gate) -> Result<(), Refusal> {
-        let mut fds: Vec<RawFd> = vec![gate.wait.as_raw_fd()];
-        fds.extend(lend.sockets.iter().map(AsRawFd::as_raw_fd));
-        fds.extend(lend.carried.iter().map(|carried| carried.file.as_raw_fd()));
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-        sendmsg::<()>(
-            pair.as_raw_fd(),
-            &[IoSlice::new(b"d")],
-            &[ControlMessage::ScmRights(&fds)],
-            flags,
-            None,
-        )
-        .map(drop)
-        .map_err(|_| Refusal::InjectionFailed)
-    }
-
-    fn wait_armed(&self, lend: &Lend<'_>, deadline: Instant) -> Result<(), Refusal> {
+    fn wait_armed(&self, recvmsg: usize, lent: usize, deadline: Instant) -> Result<Vec<u8>, Refusal> {
         let report = self.report(deadline)?.ok_or(Refusal::NoFreeDescriptor)?;
-        if result(&report, RECVMSG) != Some(1) {
+        if result(&report, recvmsg) != Some(1) {
             return Err(Refusal::NoFreeDescriptor);
         }
-        let arrived = 1 + lend.sockets.len() + lend.carried.len();
-        let fds = &report[scratch::FDS as usize..][..4 * arrived];
+        let fds = &report[scratch::FDS as usize..][..4 * lent];
         if fds.chunks_exact(4).any(|fd| fd == [0xff; 4]) {
             return Err(Refusal::NoFreeDescriptor);
         }
-        Ok(())
+        Ok(report)
     }
 
     /// What the block sends: its scratch memory. `None` once it has closed its end.
@@ -414,7 +274,7 @@ impl Block {
         let left = deadline.saturating_duration_since(Instant::now()).as_millis() + 1;
         let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
         match poll(&mut fds, left) {
-            Ok(0) => return Err(Refusal::InjectionFailed),
+            Ok(0) => return Err(Refusal::FreezeBudget),
             Ok(_) | Err(Errno::EINTR) => {}
             Err(_) => return Err(Refusal::InjectionFailed),
         }
@@ -429,26 +289,27 @@ impl Block {
         Ok((length >= scratch::CALLS as usize).then_some(report))
     }
 
-    /// After the gate was opened or closed: wait for the block's end and put the thread back where it was frozen.
+    /// After the gate was opened or closed: wait for the block's end and put the threads back where they were frozen.
     pub fn finish(self, process: &mut FrozenProcess, deadline: Instant) -> Result<Done, Refusal> {
+        if !self.started {
+            return Ok(Done::TurnedBack);
+        }
         let mut done = Done::TurnedBack;
         while let Some(report) = self.report(deadline)? {
-            let replaced = |index| result(&report, self.first_replacement + index).is_some_and(|fd| fd >= 0);
-            if result(&report, self.gate) == Some(1) && (0..self.replacements).all(replaced) {
-                done = Done::Replaced;
+            if let Some(table) = &self.table {
+                done = how_it_ended(&report, table);
             }
         }
-        let end = if self.started { self.stop_at_end(deadline)? } else { End::Waiting };
+        let end = self.stop_at_end(deadline)?;
         let _ = ptrace::setoptions(Pid::from_raw(self.tid.0), ptrace::Options::PTRACE_O_TRACESYSGOOD);
-        process.foothold = self.foothold;
         match end {
             End::Waiting => {
                 set_signal_mask(self.tid, self.mask)?;
                 write_regs(self.tid, self.regs).map_err(|_| Refusal::HolderVanished)?;
-                process.lend_thread().give_back();
             }
             End::Left => process.take_back_thread()?,
         }
+        process.release_other_threads()?;
         Ok(done)
     }
 
@@ -495,25 +356,55 @@ const STRIDE: Duration = Duration::from_micros(50);
 /// Extra time to bring a thread back after a deadline has passed.
 pub const RECOVERY: Duration = Duration::from_millis(200);
 
+fn how_it_ended(report: &[u8], table: &Table) -> Done {
+    if result(report, table.kept).is_none_or(|result| result == 0) {
+        return Done::TurnedBack;
+    }
+    let came = |calls: std::ops::Range<usize>| calls.into_iter().any(|call| result(report, call) == Some(1));
+    Done::Replaced { heard: table.word.clone().is_none_or(came) }
+}
+
+/// What a call came to, in the scratch memory that a block has sent.
 fn result(report: &[u8], call: usize) -> Option<i64> {
-    let at = scratch::CALLS as usize + call * size_of::<Call>() + std::mem::offset_of!(Call, result);
-    let bytes = report.get(at..at + 8)?;
-    bytes.try_into().ok().map(i64::from_ne_bytes)
+    let at = result_at(call) as usize;
+    report.get(at..at + 8)?.try_into().ok().map(i64::from_ne_bytes)
 }
 
-fn signal_mask(tid: Tid) -> Result<u64, Refusal> {
-    let mut mask = 0u64;
-    // SAFETY: PTRACE_GETSIGMASK writes `addr` = 8 bytes to the place that `data` points to.
-    let ret = unsafe { libc::ptrace(PTRACE_GETSIGMASK, tid.0, 8usize, &raw mut mask) };
-    if ret < 0 { Err(Refusal::HolderVanished) } else { Ok(mask) }
+/// The contents of the scratch memory.
+fn image(at: u64, plan: &Plan, lent: usize, calls: &[Call]) -> Vec<u8> {
+    let mut image = vec![0; scratch::CALLS as usize];
+    let mut put = |offset: u64, bytes: &[u8]| {
+        image[offset as usize..offset as usize + bytes.len()].copy_from_slice(bytes);
+    };
+    // struct iovec { &BYTE, 1 }; struct msghdr { .., &IOVEC, 1, &CONTROL, length, .. }
+    put(scratch::IOVEC, &(at + scratch::BYTE).to_ne_bytes());
+    put(scratch::IOVEC + 8, &1u64.to_ne_bytes());
+    put(scratch::MSGHDR + 16, &(at + scratch::IOVEC).to_ne_bytes());
+    put(scratch::MSGHDR + 24, &1u64.to_ne_bytes());
+    put(scratch::MSGHDR + 32, &(at + scratch::CONTROL).to_ne_bytes());
+    put(scratch::MSGHDR + 40, &(16 + 4 * lent as u64).to_ne_bytes());
+    put(scratch::WORDS, &[COMMIT[0], INSTALLED[0]]);
+    // A descriptor that does not arrive is -1, never 0.
+    put(scratch::PAIR, &[0xff; 8]);
+    put(scratch::FDS, &[0xff; 4 * scratch::MAX_FDS]);
+    for (index, watcher) in plan.watchers.iter().enumerate() {
+        let event = scratch::EVENTS + 12 * index as u64;
+        put(event, &watcher.events.to_ne_bytes());
+        put(event + 4, &watcher.data.to_ne_bytes());
+    }
+    for call in calls {
+        // SAFETY: Call is repr(C) without padding beyond its own field, made of integers.
+        let bytes =
+            unsafe { std::slice::from_raw_parts(std::ptr::from_ref(call).cast::<u8>(), size_of::<Call>()) };
+        image.extend_from_slice(bytes);
+    }
+    image.extend_from_slice(&[0; size_of::<Call>()]);
+    image
 }
 
-fn set_signal_mask(tid: Tid, mask: u64) -> Result<(), Refusal> {
-    // SAFETY: PTRACE_SETSIGMASK reads `addr` = 8 bytes from the place that `data` points to.
-    let ret = unsafe { libc::ptrace(PTRACE_SETSIGMASK, tid.0, 8usize, &raw const mask) };
-    if ret < 0 { Err(Refusal::HolderVanished) } else { Ok(()) }
+fn send_descriptors(pair: &OwnedFd, fds: &[RawFd]) -> Result<(), Refusal> {
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+    sendmsg::<()>(pair.as_raw_fd(), &[IoSlice::new(b"d")], &[ControlMessage::ScmRights(fds)], flags, None)
+        .map(drop)
+        .map_err(|_| Refusal::InjectionFailed)
 }
-
-/// ptrace(2), Linux 3.11; not in the libc crate.
-const PTRACE_GETSIGMASK: libc::c_uint = 0x420a;
-const PTRACE_SETSIGMASK: libc::c_uint = 0x420b;

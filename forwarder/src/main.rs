@@ -13,8 +13,10 @@ mod inspect;
 mod mover;
 mod options;
 mod process;
+mod rseq;
 mod server;
 mod site;
+mod table;
 mod transaction;
 
 use std::{

@@ -21,20 +21,25 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
         eventfd::{EfdFlags, EventFd},
-        socket::{MsgFlags, recv, send},
+        socket::{
+            MsgFlags, recv, setsockopt,
+            sockopt::{Linger, ReceiveTimeout},
+        },
+        time::{TimeVal, TimeValLike},
     },
 };
 
 pub use local::run_local;
 
 use crate::{
-    exchange::{Armed, Substitution, discard, facts_while_frozen, look},
+    exchange::{Armed, Deal, Substitution, discard, facts_while_frozen, look},
     freeze::Frozen,
     holders::has_fired_one_shot,
     inspect::{Inspector, SocketFacts, TCP_ESTABLISHED},
     options::{ReceiveRoom, Shallow},
     site::{Parked, Prepared, PreparedEnd, Site, locked, report},
-    transaction::{Action, End, Event, Look, Mark, Message},
+    table::COMMIT,
+    transaction::{Action, End, Event, Look, Message},
 };
 
 /// A connection whose queues hold more than this is made shallow before it is frozen, in bytes.
@@ -44,19 +49,16 @@ const CALM_TIME: Duration = Duration::from_millis(50);
 const CALM_POLL: Duration = Duration::from_micros(500);
 /// Between two looks at what is in flight, while frozen.
 const SETTLE_POLL: Duration = Duration::from_micros(30);
-/// How long a follower waits for its decider to freeze, and, promised, for its mark; and an installed decider for its
-/// follower: the shorter, so that a live decider never waits for a follower that has given up.
+/// How long a follower waits for its decider to freeze, and, promised, for its word; and how long the decider's blocks
+/// wait, twice, for the follower's: longer together, so that a follower that gives up is heard.
 const WAIT_FOR_FREEZE: Duration = Duration::from_secs(5);
-const FOLLOWER_SILENCE: Duration = Duration::from_secs(3);
-const DECIDER_SILENCE: Duration = Duration::from_secs(1);
+const FOLLOWER_SILENCE: Duration = Duration::from_secs(1);
+const WITNESS_MS: i64 = 1500;
 
 /// An application that is handling a one-shot event is let go for so long, to come to its end with it. A decider does
 /// so for a while; a follower longer, because it runs dry when its decider stands still.
 const RECESS: Duration = Duration::from_micros(150);
 const DECIDER_RECESSES: Duration = Duration::from_millis(20);
-
-/// Of include/net/sock.h.
-const RCV_SHUTDOWN: u32 = 1;
 
 /// What others tell a running transaction.
 pub struct Mailbox {
@@ -143,6 +145,8 @@ pub struct Remote {
     site: Arc<Site>,
     prepared: Prepared,
     new: Option<OwnedFd>,
+    /// The connection of the transaction itself, see [`crate::transaction`].
+    witness: OwnedFd,
     role: Role,
     budget: Duration,
     mailbox: Arc<Mailbox>,
@@ -153,13 +157,13 @@ impl Remote {
     pub fn new(
         site: &Arc<Site>,
         prepared: Prepared,
-        new: OwnedFd,
+        [new, witness]: [OwnedFd; 2],
         role: Role,
         budget: Duration,
         mailbox: Arc<Mailbox>,
         tell: Tell,
     ) -> Remote {
-        Remote { site: Arc::clone(site), prepared, new: Some(new), role, budget, mailbox, tell }
+        Remote { site: Arc::clone(site), prepared, new: Some(new), witness, role, budget, mailbox, tell }
     }
 
     /// Run to the end. To be called on a thread of its own.
@@ -167,10 +171,15 @@ impl Remote {
         let inspector = match self.site.programs.inspector() {
             Ok(inspector) => inspector,
             Err(error) => {
-                (self.tell)(&Message::Abort { reason: Refusal::InjectionFailed, marked: false });
+                (self.tell)(&Message::Abort { reason: Refusal::InjectionFailed });
                 return Finished { outcome: aborted(report(error), 0), parked: None };
             }
         };
+        if let Err(error) = self.prepare_witness() {
+            log::error!("{}: its witness cannot be used: {error}", self.prepared.conn);
+            (self.tell)(&Message::Abort { reason: Refusal::InjectionFailed });
+            return Finished { outcome: aborted(Refusal::InjectionFailed, 0), parked: None };
+        }
         let direction = self.prepared.direction;
         let Some(end) = self.prepared.ends.pop() else {
             return Finished { outcome: aborted(Refusal::NotEstablished, 0), parked: None };
@@ -190,27 +199,42 @@ impl Remote {
             look_at: None,
             with_unread: false,
             calm_by: None,
-            awaiting: Awaiting::Nothing,
+            awaiting_commit: false,
+            heard: true,
             silence_ends: Some(Instant::now() + WAIT_FOR_FREEZE),
             ended: None,
         };
         let mut machine = End::new(running.mover.role, direction);
         running.run(&mut machine);
         let result = running.ended.take().unwrap_or(Err(Refusal::InjectionFailed));
-        let (times, unread_bytes, threads) =
-            (std::mem::take(&mut running.times), running.unread_bytes, running.threads);
+        let figures = Figures {
+            times: std::mem::take(&mut running.times),
+            unread_bytes: running.unread_bytes,
+            threads: running.threads,
+            heard: running.heard,
+        };
         drop(running);
-        self.finish(end, result, times, unread_bytes, threads)
+        self.finish(end, result, figures)
     }
 
-    fn finish(
-        mut self,
-        end: PreparedEnd,
-        result: Result<(), Refusal>,
-        times: Times,
-        unread_bytes: u64,
-        threads: u32,
-    ) -> Finished {
+    /// The decider's end of it resets: neither host is to remember it (TIME_WAIT) for a minute.
+    fn prepare_witness(&self) -> nix::Result<()> {
+        if self.role == Role::Decider {
+            setsockopt(&self.witness, Linger, &libc::linger { l_onoff: 1, l_linger: 0 })?;
+            setsockopt(&self.witness, ReceiveTimeout, &TimeVal::milliseconds(WITNESS_MS))?;
+        }
+        Ok(())
+    }
+
+    fn deal(&self) -> Deal<'_> {
+        match self.role {
+            Role::Decider => Deal::Decides(self.witness.as_fd()),
+            Role::Follower => Deal::Follows(self.witness.as_fd()),
+        }
+    }
+
+    fn finish(mut self, end: PreparedEnd, result: Result<(), Refusal>, figures: Figures) -> Finished {
+        let Figures { times, unread_bytes, threads, heard } = figures;
         if let Err(reason) = result {
             if self.new.is_none() && self.prepared.direction == Direction::ToOverlay {
                 // The overlay connection was given up: there is no way back any more.
@@ -227,12 +251,15 @@ impl Remote {
         };
         moved.sockets = self.new.iter().filter_map(socket_inode).collect();
         let parked = match self.prepared.direction {
-            Direction::ToHost => discard(end.old.as_fd(), unread_bytes as usize).then_some(Parked {
-                overlay: vec![end.old],
-                host: moved.sockets.clone(),
-                note: std::mem::take(&mut self.prepared.note),
-                moved: moved.clone(),
-            }),
+            // A peer that was not heard may need what is unread here: then there is no way back.
+            Direction::ToHost => {
+                (heard && discard(end.old.as_fd(), unread_bytes as usize)).then_some(Parked {
+                    overlay: vec![end.old],
+                    host: moved.sockets.clone(),
+                    note: std::mem::take(&mut self.prepared.note),
+                    moved: moved.clone(),
+                })
+            }
             Direction::ToOverlay => {
                 self.prepared.parked = None;
                 None
@@ -242,22 +269,21 @@ impl Remote {
     }
 }
 
+/// What is known of a transaction when it is over.
+struct Figures {
+    times: Times,
+    unread_bytes: u64,
+    threads: u32,
+    /// See [`exchange::Installed`](crate::exchange::Installed).
+    heard: bool,
+}
+
 fn aborted(reason: Refusal, pause_us: u64) -> Outcome {
     Outcome::Aborted { reason, pause_us }
 }
 
 fn socket_inode(socket: &OwnedFd) -> Option<SocketInode> {
     nix::sys::stat::fstat(socket).ok().map(|stat| SocketInode(stat.st_ino))
-}
-
-/// What is looked for on the new connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Awaiting {
-    Nothing,
-    /// A mark, to be taken out, or the end.
-    Mark,
-    /// Only the end.
-    Peer,
 }
 
 /// The state of a [`Remote`] while it runs. Field order is drop order: thaw first.
@@ -276,7 +302,8 @@ struct Running<'a> {
     look_at: Option<Instant>,
     with_unread: bool,
     calm_by: Option<Instant>,
-    awaiting: Awaiting,
+    awaiting_commit: bool,
+    heard: bool,
     silence_ends: Option<Instant>,
     ended: Option<Result<(), Refusal>>,
 }
@@ -312,9 +339,7 @@ impl Running<'_> {
                 self.look_at = Some(if with_unread { Instant::now() } else { Instant::now() + SETTLE_POLL });
                 None
             }
-            Action::Arm { mark, carry } => {
-                Some(self.arm(mark, carry).map_or_else(Event::ArmFailed, |()| Event::Armed))
-            }
+            Action::Arm { carry } => Some(self.arm(carry).map_or_else(Event::ArmFailed, |()| Event::Armed)),
             Action::OpenGate => Some(self.install().map_or_else(Event::InstallFailed, |()| Event::Installed)),
             Action::CloseGate => {
                 if let (Some(armed), Some(frozen)) = (self.armed.take(), &mut self.frozen) {
@@ -322,25 +347,9 @@ impl Running<'_> {
                 }
                 None
             }
-            Action::AwaitMark => {
-                self.awaiting = Awaiting::Mark;
+            Action::AwaitCommit => {
+                self.awaiting_commit = true;
                 self.silence_ends = Some(Instant::now() + FOLLOWER_SILENCE);
-                None
-            }
-            Action::AwaitPeer => {
-                self.awaiting = Awaiting::Peer;
-                self.silence_ends = Some(Instant::now() + DECIDER_SILENCE);
-                None
-            }
-            Action::SendAbortMark => {
-                if let Some(new) = &self.mover.new {
-                    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-                    let _ = send(new.as_raw_fd(), &[Mark::Abort.byte()], flags);
-                }
-                None
-            }
-            Action::Reverse => {
-                self.reverse();
                 None
             }
             Action::CloseNew => {
@@ -455,19 +464,15 @@ impl Running<'_> {
         }
     }
 
-    fn arm(&mut self, mark: Option<Mark>, unread_of_peer: Vec<u8>) -> Result<(), Refusal> {
+    fn arm(&mut self, carry: Vec<u8>) -> Result<(), Refusal> {
         self.times.settled = Some(Instant::now());
         let (Some(frozen), Some(new), Some(facts)) = (&mut self.frozen, &self.mover.new, &self.facts) else {
             return Err(Refusal::HostPathFailed);
         };
         self.unread_bytes = u64::from(facts.rcv_nxt.wrapping_sub(facts.copied_seq));
-        let carry = match mark {
-            Some(mark) => [&[mark.byte()], &unread_of_peer[..]].concat(),
-            None => unread_of_peer,
-        };
         let pair = Self::substitution(self.end, new, facts, carry);
         let deadline = Instant::now() + self.mover.budget;
-        self.armed = Some(Armed::arm(frozen, &[pair], deadline)?);
+        self.armed = Some(Armed::arm(frozen, &[pair], self.mover.deal(), deadline)?);
         Ok(())
     }
 
@@ -485,25 +490,8 @@ impl Running<'_> {
         let pair = Self::substitution(self.end, new, facts, Vec::new());
         let result = armed.install(frozen, &[pair]);
         self.times.installed = Some(Instant::now());
-        result
-    }
-
-    /// The old socket into the places of the new one.
-    fn reverse(&mut self) {
-        let (Some(frozen), Some(new)) = (&mut self.frozen, &self.mover.new) else { return };
-        let Ok(Some(facts)) = self.inspector.socket(new.as_fd()) else { return };
-        let pair = Substitution {
-            old: new.as_fd(),
-            new: self.end.old.as_fd(),
-            facts,
-            holders: &self.end.holders,
-            v6: self.end.v6,
-            carry: Vec::new(),
-        };
-        let pairs = [pair];
-        if let Ok(armed) = Armed::arm(frozen, &pairs, Instant::now() + self.mover.budget) {
-            let _ = armed.install(frozen, &pairs);
-        }
+        self.heard = result?.heard;
+        Ok(())
     }
 
     /// Until something happens that the machine must know.
@@ -519,10 +507,8 @@ impl Running<'_> {
             self.look_at = None;
             return events.push_back(self.look());
         }
-        let budget_ends = match (self.times.began, self.awaiting) {
-            (Some(began), Awaiting::Nothing) => Some(began + self.mover.budget),
-            (Some(_), Awaiting::Mark | Awaiting::Peer) | (None, _) => None,
-        };
+        let budget_ends =
+            self.times.began.filter(|_| !self.awaiting_commit).map(|began| began + self.mover.budget);
         if budget_ends.is_some_and(|at| now >= at) {
             return events.push_back(Event::BudgetOver);
         }
@@ -530,8 +516,10 @@ impl Running<'_> {
             self.silence_ends = None;
             return events.push_back(Event::SilenceOver);
         }
-        if let Some(event) = self.look_at_new() {
-            self.awaiting = Awaiting::Nothing;
+        if self.awaiting_commit
+            && let Some(event) = self.read_commit()
+        {
+            self.awaiting_commit = false;
             return events.push_back(event);
         }
         let soon = self.calm_by.map(|_| now + CALM_POLL);
@@ -541,7 +529,7 @@ impl Running<'_> {
     }
 
     fn sleep(&self, time: Duration) {
-        if time < Duration::from_millis(1) && self.awaiting == Awaiting::Nothing {
+        if time < Duration::from_millis(1) && !self.awaiting_commit {
             // Shorter than poll(2) can tell: only the mailbox may have news, and it is looked at right after.
             if locked(&self.mover.mailbox.letters).is_empty() {
                 std::thread::sleep(time.min(SETTLE_POLL));
@@ -549,43 +537,10 @@ impl Running<'_> {
             return;
         }
         let mut fds = vec![PollFd::new(self.mover.mailbox.bell.as_fd(), PollFlags::POLLIN)];
-        if let Some(new) = &self.mover.new {
-            match self.awaiting {
-                Awaiting::Nothing => {}
-                Awaiting::Mark => fds.push(PollFd::new(new.as_fd(), PollFlags::POLLIN)),
-                Awaiting::Peer => {
-                    fds.push(PollFd::new(new.as_fd(), PollFlags::from_bits_retain(libc::POLLRDHUP)))
-                }
-            }
+        if self.awaiting_commit {
+            fds.push(PollFd::new(self.mover.witness.as_fd(), PollFlags::POLLIN));
         }
-        // The application's SO_RCVLOWAT may hide a single byte from poll: never sleep long on it.
-        let longest = if self.awaiting == Awaiting::Mark { 2 } else { 1000 };
-        let timeout = PollTimeout::from(time.as_millis().clamp(1, longest) as u16);
-        let _ = poll(&mut fds, timeout);
-    }
-
-    fn look_at_new(&self) -> Option<Event> {
-        match self.awaiting {
-            Awaiting::Nothing => None,
-            Awaiting::Mark => self.read_mark(),
-            Awaiting::Peer => self.new_has_ended().then(|| {
-                // Its application may have moved, sent something and closed, faster than its forwarder's word came.
-                if self.peer_has_sent() { Event::Peer(Message::Installed) } else { Event::NewEnded }
-            }),
-        }
-    }
-
-    /// Are there bytes on the new connection? Only a peer that has moved sends any.
-    fn peer_has_sent(&self) -> bool {
-        let Some(new) = &self.mover.new else { return false };
-        match self.inspector.socket(new.as_fd()) {
-            Ok(Some(facts)) => {
-                // An end of file takes a sequence number too.
-                let fin = facts.shutdown & RCV_SHUTDOWN;
-                facts.rcv_nxt.wrapping_sub(facts.copied_seq) > fin
-            }
-            Ok(None) | Err(_) => false,
-        }
+        let _ = poll(&mut fds, PollTimeout::from(time.as_millis().clamp(1, 1000) as u16));
     }
 
     /// The peer's forwarder, or its application, has closed the new connection.
@@ -597,13 +552,12 @@ impl Running<'_> {
         }
     }
 
-    fn read_mark(&self) -> Option<Event> {
-        let Some(new) = &self.mover.new else { return Some(Event::NewEnded) };
+    fn read_commit(&self) -> Option<Event> {
         let mut byte = [0];
-        match recv(new.as_raw_fd(), &mut byte, MsgFlags::MSG_DONTWAIT) {
-            Ok(1) => Some(Mark::of(byte[0]).map_or(Event::NewEnded, Event::Mark)),
+        match recv(self.mover.witness.as_raw_fd(), &mut byte, MsgFlags::MSG_DONTWAIT) {
+            Ok(1) if byte == *COMMIT => Some(Event::Commit),
             Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EINTR) => None,
-            Ok(_) | Err(_) => Some(Event::NewEnded),
+            Ok(_) | Err(_) => Some(Event::WitnessEnded),
         }
     }
 }

@@ -252,18 +252,19 @@ impl Session {
         Ok((prepared, sockets, Arc::clone(&connection.mailbox)))
     }
 
-    fn start_remote(self: &Arc<Self>, conn: ConnId, role: Role, budget_us: u32, fds: Vec<OwnedFd>) {
+    fn start_remote(self: &Arc<Self>, conn: ConnId, role: Role, budget_us: u32, mut fds: Vec<OwnedFd>) {
+        let witness = fds.pop();
         let (prepared, mut sockets, mailbox) = match self.take(conn, fds) {
             Ok(taken) => taken,
             Err(reason) => return self.ended(conn, Outcome::Aborted { reason, pause_us: 0 }),
         };
-        let Some(socket) = sockets.pop() else {
+        let (Some(socket), Some(witness)) = (sockets.pop(), witness) else {
             return self.ended(conn, Outcome::Aborted { reason: Refusal::HostPathFailed, pause_us: 0 });
         };
         let session = Arc::clone(self);
         let tell = Box::new(move |message: &transaction::Message| session.tell(conn, message));
         let budget = Duration::from_micros(u64::from(budget_us));
-        let remote = Remote::new(&self.site, prepared, socket, role, budget, mailbox, tell);
+        let remote = Remote::new(&self.site, prepared, [socket, witness], role, budget, mailbox, tell);
         let session = Arc::clone(self);
         self.spawn("move", Some(conn), move || session.finished(conn, remote.run()));
     }

@@ -13,26 +13,25 @@
 //!             Frozen ◄──────── looks, both ways ────► Frozen
 //!                │ settled, bytes to carry known        │ the same: arm
 //!                ▼                                      ▼
-//!             Armed ◄────────────────── Armed ────── Promised        from here on only the decider aborts
-//!                │ open gate                            │
-//!                ▼      on the new connection:          │
-//!            Installed ── commit mark + bytes ────────► │ open gate: bytes go out
-//!                │ ◄─────────────────── Installed ──────┤
+//!             Armed ◄────────────────── Armed ────── Promised
+//!                │ open gate: the blocks                │
+//!                ▼ replace, carry, say      C           │
+//!             Opened ─────── on the witness ──────────► │ open gate: the blocks replace, carry, say
+//!                │ ◄────────────────────── I ───────────┤
 //!                ▼                                      ▼
 //!              Ended: moved                          Ended: moved
 //! ```
+//! The *witness* is a connection between the two hosts that serves one transaction and nothing else. Its one byte each
+//! way is sent by the blocks themselves, so that no forwarder is needed between the decider's gate and the end: a block
+//! goes through to its end without its forwarder. Its end without a byte says that there will be none.
+//!
 //! Ways to fail, each ending with both ends on the old connection:
 //! * before `Promised`/the gate: either end thaws and tells the other;
-//! * a promised follower goes back when the decider says so (`Abort`, or the abort mark), or when the new connection
-//!   ends, which a dead decider that has not installed makes it do;
-//! * an installed decider goes back when the new connection ends: the follower's forwarder died before it let its
-//!   gate go.
-//!
-//! The commit mark is sent by the block inside the decider's processes, after the descriptors are in place, and the
-//! block goes to its end without its forwarder: so the mark says "installed" as truly as the socket itself. Nothing
-//! is marked in the other direction: were the decider's forwarder dead by then, the application would read the mark.
-//! A decider that hears nothing while the new connection lives thaws there: the commit mark waits for a follower that
-//! is going to see it, and one that cannot any more has closed the new connection.
+//! * a promised follower goes back when the decider says so, or when the witness ends, which a decider that has not
+//!   said `C`, dead or alive, makes it do; and whenever it likes, as long as its own gate is closed, because
+//! * the decider's blocks go back by themselves when the witness ends before `I`: the follower's forwarder died, or gave
+//!   up, before it let its gate go;
+//! * the follower's blocks go back by themselves, and end the witness, when one of its processes cannot follow.
 
 use forwarder_api::{Direction, Refusal, Role};
 use serde::{Deserialize, Serialize};
@@ -56,34 +55,10 @@ pub enum Message {
     Look(Look),
     /// The follower has promised to move when it sees the commit mark.
     Armed,
-    /// The follower has moved.
-    Installed,
-    /// The sender is thawing on its old connection. `marked`: the abort mark was sent too, and must be taken out of
-    /// the new connection.
+    /// The sender is thawing on its old connection.
     Abort {
         reason: Refusal,
-        marked: bool,
     },
-}
-
-/// First byte from decider to follower on a new connection, taken out before the application sees it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Mark {
-    Commit,
-    Abort,
-}
-
-impl Mark {
-    pub fn byte(self) -> u8 {
-        match self {
-            Mark::Commit => b'C',
-            Mark::Abort => b'A',
-        }
-    }
-
-    pub fn of(byte: u8) -> Option<Mark> {
-        [Mark::Commit, Mark::Abort].into_iter().find(|mark| mark.byte() == byte)
-    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -98,13 +73,15 @@ pub enum Event {
     Armed,
     ArmFailed(Refusal),
     Installed,
+    /// The processes have gone back by themselves.
     InstallFailed(Refusal),
-    Mark(Mark),
-    /// The new connection ended or failed.
-    NewEnded,
+    /// The decider has said `C` on the witness.
+    Commit,
+    /// The witness has ended, or said something else.
+    WitnessEnded,
     /// The time that this end may be frozen without a promise is over.
     BudgetOver,
-    /// The new connection has been silent for too long.
+    /// The peer has been silent for too long.
     SilenceOver,
     Cancel(Refusal),
 }
@@ -118,20 +95,15 @@ pub enum Action {
     LookAgain {
         with_unread: bool,
     },
-    /// Bring the new socket into the processes, up to the gate; the mark and these bytes go out after it.
+    /// Bring the new socket into the processes, up to the gate; these bytes go out after it.
     Arm {
-        mark: Option<Mark>,
         carry: Vec<u8>,
     },
     OpenGate,
     CloseGate,
-    /// Take the next byte of the new connection as a mark.
-    AwaitMark,
-    /// Watch for the end of the new connection, and take nothing out of it.
-    AwaitPeer,
-    SendAbortMark,
-    /// Give the processes their old socket again.
-    Reverse,
+    /// Watch the witness for the decider's word, or its end.
+    AwaitCommit,
+    /// The new connection must not be used any more.
     CloseNew,
     Thaw,
     End(Result<(), Refusal>),
@@ -160,14 +132,10 @@ pub enum Stage {
     },
     /// Decider: waits for the follower's promise.
     Armed,
-    /// Follower: waits for the decider's mark. `aborted`: only to take an abort mark out of the new connection.
-    Promised {
-        aborted: Option<Refusal>,
-    },
-    /// The gate is open.
+    /// Follower: waits for the decider's word.
+    Promised,
+    /// The gate is open: the processes come to their end by themselves.
     Opened,
-    /// Decider: waits for the follower to say the same.
-    Installed,
     Ended,
 }
 
@@ -205,9 +173,8 @@ impl End {
             Stage::Frozen { mine, theirs } => self.frozen(mine, theirs, event),
             Stage::Arming { peer_armed } => self.arming(peer_armed, event),
             Stage::Armed => self.armed(event),
-            Stage::Promised { aborted } => self.promised(aborted, event),
+            Stage::Promised => self.promised(event),
             Stage::Opened => self.opened(event),
-            Stage::Installed => self.installed(event),
             Stage::Ended => (Stage::Ended, vec![]),
         }
     }
@@ -218,7 +185,7 @@ impl End {
                 Role::Decider => (Stage::Calming { mine: false, theirs: false }, vec![Action::MakeShallow]),
                 Role::Follower => (Stage::Waiting, vec![Action::MakeShallow]),
             },
-            Event::Cancel(reason) => self.abort_unfrozen(reason),
+            Event::Cancel(reason) => self.abort(reason),
             Event::Calm
             | Event::Frozen(_)
             | Event::FreezeFailed(_)
@@ -228,8 +195,8 @@ impl End {
             | Event::ArmFailed(_)
             | Event::Installed
             | Event::InstallFailed(_)
-            | Event::Mark(_)
-            | Event::NewEnded
+            | Event::Commit
+            | Event::WitnessEnded
             | Event::BudgetOver
             | Event::SilenceOver => (Stage::Idle, vec![]),
         }
@@ -240,20 +207,20 @@ impl End {
             Event::Calm => calmed(true, theirs),
             Event::Peer(Message::Calm) => calmed(mine, true),
             Event::Peer(Message::Abort { .. }) => self.go_back(Refusal::PeerAborted),
-            Event::NewEnded => self.abort_unfrozen(Refusal::HostPathFailed),
-            Event::Cancel(reason) => self.abort_unfrozen(reason),
+            Event::WitnessEnded => self.abort(Refusal::HostPathFailed),
+            Event::SilenceOver => self.abort(Refusal::PeerGone),
+            Event::Cancel(reason) => self.abort(reason),
             Event::Start
             | Event::Frozen(_)
             | Event::FreezeFailed(_)
             | Event::Looked(_)
-            | Event::Peer(Message::Freeze | Message::Look(_) | Message::Armed | Message::Installed)
+            | Event::Peer(Message::Freeze | Message::Look(_) | Message::Armed)
             | Event::Armed
             | Event::ArmFailed(_)
             | Event::Installed
             | Event::InstallFailed(_)
-            | Event::Mark(_)
-            | Event::BudgetOver
-            | Event::SilenceOver => (Stage::Calming { mine, theirs }, vec![]),
+            | Event::Commit
+            | Event::BudgetOver => (Stage::Calming { mine, theirs }, vec![]),
         }
     }
 
@@ -262,19 +229,19 @@ impl End {
             Event::Calm => (Stage::Waiting, vec![Action::Tell(Message::Calm)]),
             Event::Peer(Message::Freeze) => (Stage::Freezing { theirs: None }, vec![Action::Freeze]),
             Event::Peer(Message::Abort { .. }) => self.go_back(Refusal::PeerAborted),
-            Event::NewEnded => self.abort_unfrozen(Refusal::HostPathFailed),
-            Event::SilenceOver => self.abort_unfrozen(Refusal::PeerGone),
-            Event::Cancel(reason) => self.abort_unfrozen(reason),
+            Event::WitnessEnded => self.abort(Refusal::HostPathFailed),
+            Event::SilenceOver => self.abort(Refusal::PeerGone),
+            Event::Cancel(reason) => self.abort(reason),
             Event::Start
             | Event::Frozen(_)
             | Event::FreezeFailed(_)
             | Event::Looked(_)
-            | Event::Peer(Message::Calm | Message::Look(_) | Message::Armed | Message::Installed)
+            | Event::Peer(Message::Calm | Message::Look(_) | Message::Armed)
             | Event::Armed
             | Event::ArmFailed(_)
             | Event::Installed
             | Event::InstallFailed(_)
-            | Event::Mark(_)
+            | Event::Commit
             | Event::BudgetOver => (Stage::Waiting, vec![]),
         }
     }
@@ -291,17 +258,17 @@ impl End {
             Event::Peer(Message::Look(look)) => (Stage::Freezing { theirs: Some(look) }, vec![]),
             Event::Peer(Message::Abort { .. }) => self.go_back(Refusal::PeerAborted),
             Event::Cancel(reason) => self.abort(reason),
-            Event::NewEnded => self.abort(Refusal::HostPathFailed),
+            Event::WitnessEnded => self.abort(Refusal::HostPathFailed),
             Event::BudgetOver => self.abort(Refusal::FreezeBudget),
             Event::Start
             | Event::Calm
             | Event::Looked(_)
-            | Event::Peer(Message::Calm | Message::Freeze | Message::Armed | Message::Installed)
+            | Event::Peer(Message::Calm | Message::Freeze | Message::Armed)
             | Event::Armed
             | Event::ArmFailed(_)
             | Event::Installed
             | Event::InstallFailed(_)
-            | Event::Mark(_)
+            | Event::Commit
             | Event::SilenceOver => (Stage::Freezing { theirs }, vec![]),
         }
     }
@@ -321,7 +288,7 @@ impl End {
             Event::Peer(Message::Look(look)) => self.consider(mine, Some(look)),
             Event::Peer(Message::Abort { .. }) => self.go_back(Refusal::PeerAborted),
             Event::Cancel(reason) => self.abort(reason),
-            Event::NewEnded => self.abort(Refusal::HostPathFailed),
+            Event::WitnessEnded => self.abort(Refusal::HostPathFailed),
             Event::BudgetOver => self.abort(Refusal::NotSettled),
             Event::Peer(Message::Armed) => {
                 // A follower arms only when it has seen everything settled, and its looks came before this.
@@ -331,12 +298,12 @@ impl End {
             | Event::Calm
             | Event::Frozen(_)
             | Event::FreezeFailed(_)
-            | Event::Peer(Message::Calm | Message::Freeze | Message::Installed)
+            | Event::Peer(Message::Calm | Message::Freeze)
             | Event::Armed
             | Event::ArmFailed(_)
             | Event::Installed
             | Event::InstallFailed(_)
-            | Event::Mark(_)
+            | Event::Commit
             | Event::SilenceOver => (Stage::Frozen { mine, theirs }, vec![]),
         }
     }
@@ -357,11 +324,7 @@ impl End {
                 (None, _) => (Stage::Frozen { mine, theirs }, vec![Action::LookAgain { with_unread: true }]),
                 (Some(_), None) => (Stage::Frozen { mine, theirs }, vec![]),
                 (Some(_), Some(carry)) => {
-                    let mark = match self.role {
-                        Role::Decider => Some(Mark::Commit),
-                        Role::Follower => None,
-                    };
-                    let arm = Action::Arm { mark, carry: carry.clone() };
+                    let arm = Action::Arm { carry: carry.clone() };
                     (Stage::Arming { peer_armed: false }, vec![arm])
                 }
             },
@@ -371,28 +334,25 @@ impl End {
     fn arming(&self, peer_armed: bool, event: Event) -> (Stage, Vec<Action>) {
         match event {
             Event::Armed => match self.role {
-                Role::Follower => {
-                    let actions = vec![Action::AwaitMark, Action::Tell(Message::Armed)];
-                    (Stage::Promised { aborted: None }, actions)
-                }
+                Role::Follower => (Stage::Promised, vec![Action::AwaitCommit, Action::Tell(Message::Armed)]),
                 Role::Decider if peer_armed => (Stage::Opened, vec![Action::OpenGate]),
                 Role::Decider => (Stage::Armed, vec![]),
             },
-            Event::ArmFailed(reason) => self.abort_with(reason, peer_armed),
+            Event::ArmFailed(reason) => self.abort(reason),
             Event::Peer(Message::Armed) => (Stage::Arming { peer_armed: true }, vec![]),
             Event::Peer(Message::Abort { .. }) => self.go_back(Refusal::PeerAborted),
-            Event::Cancel(reason) => self.abort_with(reason, peer_armed),
-            Event::NewEnded => self.abort_with(Refusal::HostPathFailed, peer_armed),
-            Event::BudgetOver => self.abort_with(Refusal::FreezeBudget, peer_armed),
+            Event::Cancel(reason) => self.abort(reason),
+            Event::WitnessEnded => self.abort(Refusal::HostPathFailed),
+            Event::BudgetOver => self.abort(Refusal::FreezeBudget),
             Event::Start
             | Event::Calm
             | Event::Frozen(_)
             | Event::FreezeFailed(_)
             | Event::Looked(_)
-            | Event::Peer(Message::Calm | Message::Freeze | Message::Look(_) | Message::Installed)
+            | Event::Peer(Message::Calm | Message::Freeze | Message::Look(_))
             | Event::Installed
             | Event::InstallFailed(_)
-            | Event::Mark(_)
+            | Event::Commit
             | Event::SilenceOver => (Stage::Arming { peer_armed }, vec![]),
         }
     }
@@ -402,111 +362,63 @@ impl End {
             Event::Peer(Message::Armed) => (Stage::Opened, vec![Action::OpenGate]),
             Event::Peer(Message::Abort { .. }) => self.go_back(Refusal::PeerAborted),
             Event::Cancel(reason) => self.abort(reason),
-            Event::NewEnded => self.abort(Refusal::HostPathFailed),
+            Event::WitnessEnded => self.abort(Refusal::HostPathFailed),
             Event::BudgetOver => self.abort(Refusal::FreezeBudget),
             Event::Start
             | Event::Calm
             | Event::Frozen(_)
             | Event::FreezeFailed(_)
             | Event::Looked(_)
-            | Event::Peer(Message::Calm | Message::Freeze | Message::Look(_) | Message::Installed)
+            | Event::Peer(Message::Calm | Message::Freeze | Message::Look(_))
             | Event::Armed
             | Event::ArmFailed(_)
             | Event::Installed
             | Event::InstallFailed(_)
-            | Event::Mark(_)
+            | Event::Commit
             | Event::SilenceOver => (Stage::Armed, vec![]),
         }
     }
 
-    fn promised(&self, aborted: Option<Refusal>, event: Event) -> (Stage, Vec<Action>) {
-        let back = |reason, close_new: bool| {
-            let mut actions = vec![Action::CloseGate, Action::Thaw];
-            if close_new {
-                actions.push(Action::CloseNew);
-            }
-            actions.push(Action::End(Err(reason)));
-            (Stage::Ended, actions)
-        };
+    fn promised(&self, event: Event) -> (Stage, Vec<Action>) {
         match event {
-            Event::Mark(Mark::Commit) => (Stage::Opened, vec![Action::OpenGate]),
-            Event::Mark(Mark::Abort) => {
-                back(aborted.unwrap_or(Refusal::PeerAborted), self.new_is_single_use())
-            }
-            Event::Peer(Message::Abort { reason: _, marked: false }) => {
-                back(Refusal::PeerAborted, self.new_is_single_use())
-            }
-            Event::Peer(Message::Abort { reason: _, marked: true }) => {
-                (Stage::Promised { aborted: Some(Refusal::PeerAborted) }, vec![])
-            }
-            Event::NewEnded => back(aborted.unwrap_or(Refusal::PeerAborted), true),
-            // Nobody knows what the decider did: never use this connection again.
-            Event::SilenceOver => back(Refusal::HostPathFailed, true),
+            Event::Commit => (Stage::Opened, vec![Action::OpenGate]),
+            Event::WitnessEnded | Event::Peer(Message::Abort { .. }) => self.go_back(Refusal::PeerAborted),
+            Event::SilenceOver => self.abort(Refusal::PeerGone),
+            Event::Cancel(reason) => self.abort(reason),
             Event::Start
             | Event::Calm
             | Event::Frozen(_)
             | Event::FreezeFailed(_)
             | Event::Looked(_)
-            | Event::Peer(
-                Message::Calm | Message::Freeze | Message::Look(_) | Message::Armed | Message::Installed,
-            )
+            | Event::Peer(Message::Calm | Message::Freeze | Message::Look(_) | Message::Armed)
             | Event::Armed
             | Event::ArmFailed(_)
             | Event::Installed
             | Event::InstallFailed(_)
-            | Event::BudgetOver
-            | Event::Cancel(_) => (Stage::Promised { aborted }, vec![]),
+            | Event::BudgetOver => (Stage::Promised, vec![]),
         }
     }
 
     fn opened(&self, event: Event) -> (Stage, Vec<Action>) {
-        match (event, self.role) {
-            (Event::Installed, Role::Decider) => (Stage::Installed, vec![Action::AwaitPeer]),
-            (Event::Installed, Role::Follower) => {
-                let told = Action::Tell(Message::Installed);
-                (Stage::Ended, vec![told, Action::Thaw, Action::End(Ok(()))])
-            }
-            (Event::InstallFailed(reason), Role::Decider | Role::Follower) => self.reverse(reason),
-            (
-                Event::Start
-                | Event::Calm
-                | Event::Frozen(_)
-                | Event::FreezeFailed(_)
-                | Event::Looked(_)
-                | Event::Peer(_)
-                | Event::Armed
-                | Event::ArmFailed(_)
-                | Event::Mark(_)
-                | Event::NewEnded
-                | Event::BudgetOver
-                | Event::SilenceOver
-                | Event::Cancel(_),
-                Role::Decider | Role::Follower,
-            ) => (Stage::Opened, vec![]),
-        }
-    }
-
-    fn installed(&self, event: Event) -> (Stage, Vec<Action>) {
         match event {
-            Event::Peer(Message::Installed) | Event::SilenceOver => {
-                (Stage::Ended, vec![Action::Thaw, Action::End(Ok(()))])
+            Event::Installed => (Stage::Ended, vec![Action::Thaw, Action::End(Ok(()))]),
+            // Carried bytes may have been sent on the new connection: it serves no other attempt, whichever it is.
+            Event::InstallFailed(reason) => {
+                (Stage::Ended, vec![Action::CloseNew, Action::Thaw, Action::End(Err(reason))])
             }
-            Event::NewEnded => self.reverse(Refusal::PeerAborted),
-            Event::Mark(_)
-            | Event::Peer(
-                Message::Calm | Message::Freeze | Message::Look(_) | Message::Armed | Message::Abort { .. },
-            )
-            | Event::Start
+            Event::Start
             | Event::Calm
             | Event::Frozen(_)
             | Event::FreezeFailed(_)
             | Event::Looked(_)
+            | Event::Peer(_)
             | Event::Armed
             | Event::ArmFailed(_)
-            | Event::Installed
-            | Event::InstallFailed(_)
+            | Event::Commit
+            | Event::WitnessEnded
             | Event::BudgetOver
-            | Event::Cancel(_) => (Stage::Installed, vec![]),
+            | Event::SilenceOver
+            | Event::Cancel(_) => (Stage::Opened, vec![]),
         }
     }
 
@@ -516,17 +428,6 @@ impl End {
             Direction::ToHost => true,
             Direction::ToOverlay => false,
         }
-    }
-
-    fn reverse(&self, reason: Refusal) -> (Stage, Vec<Action>) {
-        (Stage::Ended, vec![Action::Reverse, Action::CloseNew, Action::Thaw, Action::End(Err(reason))])
-    }
-
-    /// Nothing is frozen yet: give up and say so.
-    fn abort_unfrozen(&self, reason: Refusal) -> (Stage, Vec<Action>) {
-        let (stage, mut actions) = self.go_back(reason);
-        actions.insert(0, Action::Tell(Message::Abort { reason, marked: false }));
-        (stage, actions)
     }
 
     /// To the old connection, without a word: the peer does, or did, the same.
@@ -539,19 +440,10 @@ impl End {
         (Stage::Ended, actions)
     }
 
+    /// Give up and say so.
     fn abort(&self, reason: Refusal) -> (Stage, Vec<Action>) {
-        self.abort_with(reason, false)
-    }
-
-    /// Give up before the gate. A follower that has promised must also be told on the new connection, if that lives
-    /// on: the routers may be gone.
-    fn abort_with(&self, reason: Refusal, peer_armed: bool) -> (Stage, Vec<Action>) {
-        let marked = peer_armed && !self.new_is_single_use();
         let (stage, mut actions) = self.go_back(reason);
-        actions.insert(0, Action::Tell(Message::Abort { reason, marked }));
-        if marked {
-            actions.insert(0, Action::SendAbortMark);
-        }
+        actions.insert(0, Action::Tell(Message::Abort { reason }));
         (stage, actions)
     }
 }

@@ -6,8 +6,8 @@ use std::{io, net::SocketAddr, os::fd::OwnedFd};
 use forwarder_api::{ConnId, Direction, Moved, Refusal, Request};
 
 use super::{
-    Coordinator,
-    host_path::HostPath,
+    Coordinator, Lines,
+    host_path::{Family, HostPath},
     ledger::Action,
     session,
     wire::{Message, Tuple},
@@ -28,21 +28,40 @@ impl Coordinator {
                 let budget_us = self.budget_us();
                 self.ask(Request::MoveLocal { conn, budget_us }, fds);
             }
-            Action::Connect { conn, v6, rendezvous: (to, token) } => {
+            Action::Connect { conn, family, peer, rendezvous } => {
                 let address = self.parts.host_address;
-                self.make(conn, async move { Ok(vec![HostPath::connect(address, v6, to, token).await?]) });
+                let control = SocketAddr::new(peer, self.parts.settings.router_port);
+                let host = async move {
+                    match rendezvous.host {
+                        Some((to, token)) => {
+                            HostPath::connect(address, family == Family::V6, to, token).await.map(Some)
+                        }
+                        None => Ok(None),
+                    }
+                };
+                let witness = session::open_witness(control, rendezvous.witness);
+                self.make(conn, async move {
+                    let (host, witness) = tokio::try_join!(host, witness)?;
+                    let host: Vec<OwnedFd> = host.into_iter().collect();
+                    Ok(Lines { hosts_wanted: host.len(), host, witness: Some(witness) })
+                });
             }
-            Action::ConnectLocal { conn, v6 } => {
-                self.make(conn, async move { Ok(HostPath::within_host(v6).await?.into()) });
-            }
-            Action::Accept { attempted, v6, peer } => match self.host_path.expect(attempted.conn, v6) {
-                Ok(path) => self.tell(peer, Message::Accept { attempted, path: Some(path) }),
+            Action::ConnectLocal { conn, v6 } => self.make(conn, async move {
+                let host = HostPath::within_host(v6).await?.into();
+                Ok(Lines { host, hosts_wanted: 2, witness: None })
+            }),
+            Action::Accept { attempted, host, peer } => match self.host_path.expect(attempted.conn, host) {
+                Ok(rendezvous) => {
+                    let hosts_wanted = usize::from(host.is_some());
+                    self.lines.insert(attempted.conn, Lines { hosts_wanted, ..Lines::default() });
+                    self.tell(peer, Message::Accept { attempted, rendezvous });
+                }
                 // Nobody will come, and the negotiation ends by itself.
                 Err(error) => log::error!("{}: no token can be made: {error}", attempted.conn),
             },
             Action::DropPath(conn) => {
                 self.host_path.forget(conn);
-                self.sockets.remove(&conn);
+                self.lines.remove(&conn);
             }
             Action::Tell(peer, message) => self.tell(peer, message),
             Action::Reach(peer) => {
@@ -75,26 +94,22 @@ impl Coordinator {
         }
     }
 
-    fn make(
-        &self,
-        conn: ConnId,
-        connecting: impl Future<Output = io::Result<Vec<OwnedFd>>> + Send + 'static,
-    ) {
+    fn make(&self, conn: ConnId, connecting: impl Future<Output = io::Result<Lines>> + Send + 'static) {
         let made = self.to_made.clone();
         tokio::spawn(async move { made.send((conn, connecting.await)).await });
     }
 
-    /// The host sockets of `conn`, each with its overlay addresses. None, on the way back or after an error: then the
-    /// forwarder finds one missing and refuses.
+    /// The host sockets of `conn`, if any, each with its overlay addresses, and its witness. None after an error: then
+    /// the forwarder finds one missing and refuses.
     fn named(&mut self, conn: ConnId, names: &[Names]) -> Vec<OwnedFd> {
-        let sockets = self.sockets.remove(&conn).unwrap_or_default();
-        for (socket, names) in sockets.iter().zip(names) {
+        let lines = self.lines.remove(&conn).unwrap_or_default();
+        for (socket, names) in lines.host.iter().zip(names) {
             if let Err(error) = self.parts.identity.set(socket, names) {
                 log::error!("{conn}: {error}");
                 return vec![];
             }
         }
-        sockets
+        lines.host.into_iter().chain(lines.witness).collect()
     }
 
     fn budget_us(&self) -> u32 {

@@ -7,8 +7,9 @@ use forwarder_api::{ConnId, Direction, Moved, Refusal, SocketInode};
 use serde::{Deserialize, Serialize};
 
 use super::{
+    host_path::Family,
     negotiation::{Negotiation, Part},
-    wire::{Cause, Token, Tuple},
+    wire::{Cause, Rendezvous, Tuple},
 };
 use crate::{peers::PeerAddress, trace::Side, workload::Workload};
 
@@ -63,7 +64,7 @@ pub struct Attempt {
     /// Given by the decider; its host sockets carry it.
     pub number: u64,
     /// Where the follower waits for the host connection.
-    pub rendezvous: Option<(std::net::SocketAddr, Token)>,
+    pub rendezvous: Option<Rendezvous>,
 }
 
 #[derive(Clone, Debug)]
@@ -159,6 +160,10 @@ impl Flow {
             workload: self.workload.clone(),
             home: self.home,
         }
+    }
+
+    pub fn family(&self) -> Family {
+        if self.v6 { Family::V6 } else { Family::V4 }
     }
 
     pub fn on_host(&self) -> Option<&OnHost> {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The connections between hosts that take the overlay's place: one for each swap, opened with a token that is good
-//! for one, and consumed to the last byte before the connection is given away.
+//! for one, and consumed to the last byte before the connection is given away. The witness of each transaction has a
+//! token of the same kind, and comes to ROUTER_PORT: it must be there when the host path is not.
 //!
 //! Two listeners on HOST_IF's address, because the application's socket must keep its family: an AF_INET6 socket
 //! with v4-mapped addresses gets an AF_INET6 host socket, and so does one of an IPv6 overlay.
@@ -23,50 +24,96 @@ use tokio::{
     time::timeout,
 };
 
-use super::wire::{TOKEN, Token};
+use super::wire::{Rendezvous, TOKEN, Token};
+
+/// Of a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    V4,
+    V6,
+}
 
 /// How long a peer may take to send its token, and to be connected to.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Connections whose token has not come yet. More are closed at once.
 const MAX_STRANGERS: usize = 256;
 
-/// A host connection that the peer has opened.
-pub type Arrived = (ConnId, OwnedFd);
+/// What a connection is to be for a transaction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Line {
+    Host,
+    Witness,
+}
+
+/// A connection that the peer has opened.
+pub type Arrived = (ConnId, Line, OwnedFd);
+
+/// The tokens of what peers have not opened yet.
+#[derive(Clone, Default)]
+pub struct Expected(Arc<Mutex<HashMap<Token, (ConnId, Line)>>>);
+
+impl Expected {
+    /// Whose connection this token opens; it opens no other.
+    pub fn take(&self, line: Line, token: Token) -> Option<ConnId> {
+        let mut all = self.all();
+        let (conn, _) = *all.get(&token).filter(|(_, of)| *of == line)?;
+        all.remove(&token);
+        Some(conn)
+    }
+
+    fn add(&self, conn: ConnId, line: Line) -> io::Result<Token> {
+        let mut token = Token([0; TOKEN]);
+        getrandom::fill(&mut token.0).map_err(io::Error::other)?;
+        self.all().insert(token, (conn, line));
+        Ok(token)
+    }
+
+    fn all(&self) -> MutexGuard<'_, HashMap<Token, (ConnId, Line)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 pub struct HostPath {
     address: Ipv4Addr,
     v4: SocketAddr,
     v6: SocketAddr,
-    expected: Arc<Mutex<HashMap<Token, ConnId>>>,
+    pub expected: Expected,
 }
 
 impl HostPath {
     /// Listen on HOST_IF's address, on ports of the kernel's choice.
     pub fn open(address: Ipv4Addr, arrived: mpsc::Sender<Arrived>) -> io::Result<HostPath> {
-        let expected: Arc<Mutex<HashMap<Token, ConnId>>> = Arc::default();
+        let expected = Expected::default();
         let listen = |v6| -> io::Result<SocketAddr> {
             let listener = bound(address, v6)?.listen(1024)?;
             let at = listener.local_addr()?;
             log::info!("host connections are taken on {at}");
-            tokio::spawn(serve(listener, Arc::clone(&expected), arrived.clone()));
+            tokio::spawn(serve(listener, expected.clone(), arrived.clone()));
             Ok(at)
         };
         Ok(HostPath { address, v4: listen(false)?, v6: listen(true)?, expected })
     }
 
-    /// Let the peer open the host connection of `conn`: where, and with which token.
-    pub fn expect(&self, conn: ConnId, v6: bool) -> io::Result<(SocketAddr, Token)> {
-        let mut token = Token([0; TOKEN]);
-        getrandom::fill(&mut token.0).map_err(io::Error::other)?;
-        let mut expected = locked(&self.expected);
-        expected.retain(|_, other| *other != conn);
-        expected.insert(token, conn);
-        let port = if v6 { self.v6.port() } else { self.v4.port() };
-        Ok((SocketAddr::new(self.address.into(), port), token))
+    /// Let the peer open the connections of a transaction of `conn`: its witness and, if there is to be one, the host
+    /// connection.
+    pub fn expect(&self, conn: ConnId, host: Option<Family>) -> io::Result<Rendezvous> {
+        self.forget(conn);
+        let at = |family| match family {
+            Family::V4 => self.v4.port(),
+            Family::V6 => self.v6.port(),
+        };
+        let host = match host {
+            Some(family) => {
+                let to = SocketAddr::new(self.address.into(), at(family));
+                Some((to, self.expected.add(conn, Line::Host)?))
+            }
+            None => None,
+        };
+        Ok(Rendezvous { host, witness: self.expected.add(conn, Line::Witness)? })
     }
 
     pub fn forget(&self, conn: ConnId) {
-        locked(&self.expected).retain(|_, other| *other != conn);
+        self.expected.all().retain(|_, (of, _)| *of != conn);
     }
 
     /// Open a host connection to a peer that expects it.
@@ -100,11 +147,7 @@ impl HostPath {
     }
 }
 
-async fn serve(
-    listener: TcpListener,
-    expected: Arc<Mutex<HashMap<Token, ConnId>>>,
-    arrived: mpsc::Sender<Arrived>,
-) {
+async fn serve(listener: TcpListener, expected: Expected, arrived: mpsc::Sender<Arrived>) {
     let strangers = Arc::new(Semaphore::new(MAX_STRANGERS));
     loop {
         let (stream, from) = match listener.accept().await {
@@ -120,7 +163,7 @@ async fn serve(
             log::warn!("{from} dropped: too many host connections wait for their token");
             continue;
         };
-        let (expected, arrived) = (Arc::clone(&expected), arrived.clone());
+        let (expected, arrived) = (expected.clone(), arrived.clone());
         tokio::spawn(async move {
             match welcome(stream, &expected).await {
                 Ok(connection) => drop(arrived.send(connection).await),
@@ -131,15 +174,15 @@ async fn serve(
     }
 }
 
-async fn welcome(mut stream: TcpStream, expected: &Mutex<HashMap<Token, ConnId>>) -> io::Result<Arrived> {
+async fn welcome(mut stream: TcpStream, expected: &Expected) -> io::Result<Arrived> {
     let mut token = Token([0; TOKEN]);
     timeout(PATIENCE, stream.read_exact(&mut token.0))
         .await
         .map_err(|_| io::Error::other("sent no token in time"))?
         .map_err(|error| io::Error::other(format!("sent no whole token: {error}")))?;
-    let conn = locked(expected).remove(&token);
+    let conn = expected.take(Line::Host, token);
     let conn = conn.ok_or_else(|| io::Error::other("its token opens nothing"))?;
-    Ok((conn, into_fd(stream)?))
+    Ok((conn, Line::Host, into_fd(stream)?))
 }
 
 fn bound(address: Ipv4Addr, v6: bool) -> io::Result<TcpSocket> {
@@ -163,14 +206,10 @@ fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
-fn into_fd(stream: TcpStream) -> io::Result<OwnedFd> {
+pub fn into_fd(stream: TcpStream) -> io::Result<OwnedFd> {
     let stream = stream.into_std()?;
     stream.set_nonblocking(false)?;
     Ok(stream.into())
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -186,9 +225,10 @@ mod tests {
     async fn a_token_opens_one_connection_of_the_family_asked_for() {
         let (path, mut arrived) = open().await;
         for v6 in [false, true] {
-            let (to, token) = path.expect(ConnId(7), v6).unwrap();
+            let family = if v6 { Family::V6 } else { Family::V4 };
+            let (to, token) = path.expect(ConnId(7), Some(family)).unwrap().host.unwrap();
             HostPath::connect(Ipv4Addr::LOCALHOST, !v6, to, token).await.unwrap();
-            let (conn, fd) = arrived.recv().await.unwrap();
+            let (conn, _, fd) = arrived.recv().await.unwrap();
             let local = std::net::TcpStream::from(fd).local_addr().unwrap();
             assert_eq!((conn, local.is_ipv6()), (ConnId(7), v6));
         }
@@ -197,10 +237,12 @@ mod tests {
     #[tokio::test]
     async fn a_token_cannot_be_used_twice_nor_after_it_was_forgotten() {
         let (path, mut arrived) = open().await;
-        let (to, token) = path.expect(ConnId(7), false).unwrap();
-        let (_, forgotten) = path.expect(ConnId(8), false).unwrap();
+        let rendezvous = path.expect(ConnId(7), Some(Family::V4)).unwrap();
+        let (to, token) = rendezvous.host.unwrap();
+        let (_, forgotten) = path.expect(ConnId(8), Some(Family::V4)).unwrap().host.unwrap();
         path.forget(ConnId(8));
-        for token in [forgotten, token, token] {
+        // Nor one that is for something else.
+        for token in [forgotten, rendezvous.witness, token, token] {
             HostPath::connect(Ipv4Addr::LOCALHOST, false, to, token).await.unwrap();
         }
         assert_eq!(arrived.recv().await.unwrap().0, ConnId(7));

@@ -22,8 +22,9 @@ use forwarder_api::{ConnId, Direction, Moved, Outcome, Refusal, Request, Role, S
 
 use super::{
     flow::{Attempt, Flow, FlowView, Home, Note, NotedEnd, OnHost, Order, Path, PeerSays},
+    host_path::Family,
     negotiation::{Input, Negotiation, Next, Output, Part},
-    wire::{Attempted, Cause, Message, Token, Tuple},
+    wire::{Attempted, Cause, Message, Rendezvous, Tuple},
 };
 use crate::{identity::Names, peers::PeerAddress, trace::Side, workload::Workload};
 
@@ -117,16 +118,18 @@ pub enum Action {
         conn: ConnId,
         names: [Names; 2],
     },
-    /// Connect to the follower's host; the answer is [`Event::Path`].
+    /// Connect to the follower's host, with a host socket of this family; the answer is [`Event::Path`].
     Connect {
         conn: ConnId,
-        v6: bool,
-        rendezvous: (std::net::SocketAddr, Token),
+        family: Family,
+        peer: PeerAddress,
+        rendezvous: Rendezvous,
     },
-    /// Let the peer connect to us: tell it where and with which token. The answer is [`Event::Path`].
+    /// Let the peer connect to us, with a host socket of this family if there is to be one: tell it where and with which
+    /// tokens. The answer is [`Event::Path`].
     Accept {
         attempted: Attempted,
-        v6: bool,
+        host: Option<Family>,
         peer: PeerAddress,
     },
     /// Make a connection within this host, for these families. The answer is [`Event::Path`].

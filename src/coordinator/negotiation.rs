@@ -7,13 +7,13 @@
 //!      | Prepared            Offer  ----->  Checking             so does this one
 //!   Offered                                    | Prepared
 //!      |                   <-----  Accept   Promised             a token waits for the host connection
-//!   Connecting         host connection, token -> |
-//!   Connected              <-----  Begin    Moving               host socket to the forwarder
+//!   Connecting   witness, host connection, tokens -> |
+//!   Connected              <-----  Begin    Moving               both go to the forwarder
 //!   Moving                                                       likewise; the forwarders are on their own
 //! ```
 //!
-//! On the way back there is no connection to make: the follower moves when it accepts, the decider when it hears so.
-//! A connection within one host has one router for both ends: Preparing, Connecting, Moving.
+//! On the way back there is only the witness to make. A connection within one host has one router for both ends:
+//! Preparing, Connecting, Moving, and no witness.
 //!
 //! Until Moving, everything can be given up by anybody, and nothing has been stopped. From then on only the forwarder
 //! knows; a lost peer is told to it, and it goes back or on as its own protocol says.
@@ -33,9 +33,9 @@ pub enum Part {
 pub enum State {
     Preparing,
     Offered,
-    /// The host connection is being made.
+    /// The connections to the follower's host are being made.
     Connecting,
-    /// As Connecting; the follower has the connection already, and says so on another way.
+    /// As Connecting; the follower has them already, and says so on another way.
     ConnectingBegun,
     Connected,
     Checking,
@@ -59,7 +59,7 @@ pub enum Input {
     Refused(Refusal),
     Ended(Outcome),
     ForwarderLost,
-    /// The host connection.
+    /// The connections between the two hosts.
     PathReady,
     PathFailed,
     /// The peer's router.
@@ -85,9 +85,9 @@ pub enum Output {
     Begin,
     Refuse(Refusal),
     CancelPeer(Refusal),
-    /// Make the host connection.
+    /// Make the connections to the other host, or within this one.
     Connect,
-    /// Our forwarder shall move, with the host socket if there is one.
+    /// Our forwarder shall move, with these connections.
     Move(Role),
     MoveLocal,
     /// Our forwarder shall give up, if it still may.
@@ -176,21 +176,15 @@ impl Negotiation {
             (State::Preparing, Part::Decider | Part::Follower) => {
                 self.goes(State::Offered, vec![Output::Offer])
             }
-            (State::Checking, _) if to_host => self.goes(State::Promised, vec![Output::Accept]),
-            (State::Checking, _) => {
-                self.goes(State::Moving, vec![Output::Move(Role::Follower), Output::Accept])
-            }
+            (State::Checking, _) => self.goes(State::Promised, vec![Output::Accept]),
             (state, _) => self.goes(state, vec![]),
         }
     }
 
     fn accepted(self) -> (Next, Vec<Output>) {
-        match (self.state, self.direction) {
-            (State::Offered, Direction::ToHost) => self.goes(State::Connecting, vec![Output::Connect]),
-            (State::Offered, Direction::ToOverlay) => {
-                self.goes(State::Moving, vec![Output::Move(Role::Decider)])
-            }
-            (state, _) => self.goes(state, vec![]),
+        match self.state {
+            State::Offered => self.goes(State::Connecting, vec![Output::Connect]),
+            state => self.goes(state, vec![]),
         }
     }
 

@@ -5,6 +5,7 @@
 use std::{
     io,
     net::{IpAddr, Ipv6Addr, SocketAddr},
+    os::fd::OwnedFd,
     sync::Arc,
     time::Duration,
 };
@@ -20,7 +21,10 @@ use tokio::{
     time::timeout,
 };
 
-use super::wire::{self, Message, WireError};
+use super::{
+    host_path::{Arrived, Expected, Line, into_fd},
+    wire::{self, Message, Purpose, TOKEN, Token, WireError},
+};
 use crate::peers::PeerAddress;
 
 /// For the preamble, and for connecting.
@@ -55,6 +59,8 @@ enum SessionError {
     Stalled { what: &'static str, limit: Duration },
     #[error("it spoke on the connection that we made")]
     Spoke,
+    #[error("it brought a token that opens nothing")]
+    Stranger,
 }
 
 /// Take ROUTER_PORT, on all addresses of both families.
@@ -66,8 +72,16 @@ pub fn listen(port: u16) -> io::Result<TcpListener> {
     socket.listen(1024)
 }
 
+/// Where those who connect are led.
+#[derive(Clone)]
+pub struct Doors {
+    pub events: mpsc::Sender<SessionEvent>,
+    pub expected: Expected,
+    pub arrived: mpsc::Sender<Arrived>,
+}
+
 /// Hear everybody who connects, for ever.
-pub async fn hear(listener: TcpListener, events: mpsc::Sender<SessionEvent>) {
+pub async fn hear(listener: TcpListener, doors: Doors) {
     let sessions = Arc::new(Semaphore::new(MAX_SESSIONS));
     loop {
         let (stream, from) = match listener.accept().await {
@@ -83,9 +97,9 @@ pub async fn hear(listener: TcpListener, events: mpsc::Sender<SessionEvent>) {
             log::warn!("peer {from} dropped: there are {MAX_SESSIONS} already");
             continue;
         };
-        let events = events.clone();
+        let doors = doors.clone();
         tokio::spawn(async move {
-            match hear_one(stream, from.ip(), &events).await {
+            match hear_one(stream, from.ip(), &doors).await {
                 Ok(()) => log::debug!("peer {from} is gone"),
                 Err(error) => log::warn!("peer {from} dropped: {error}"),
             }
@@ -94,19 +108,40 @@ pub async fn hear(listener: TcpListener, events: mpsc::Sender<SessionEvent>) {
     }
 }
 
-async fn hear_one(
-    mut stream: TcpStream,
-    from: IpAddr,
-    events: &mpsc::Sender<SessionEvent>,
-) -> Result<(), SessionError> {
-    notice_silence(&stream)?;
+async fn hear_one(mut stream: TcpStream, from: IpAddr, doors: &Doors) -> Result<(), SessionError> {
     let mut preamble = [0; wire::PREAMBLE];
     match timeout(GREETING, stream.read_exact(&mut preamble)).await {
         Ok(read) => drop(read?),
         Err(_) => return Err(SessionError::Stalled { what: "its greeting", limit: GREETING }),
     }
-    stream.write_all(&wire::preamble()).await?;
-    wire::check_preamble(preamble)?;
+    // One that speaks another version shall know ours; but nothing is written on a witness.
+    let purpose = wire::check_preamble(preamble);
+    if !matches!(purpose, Ok(Purpose::Witness)) {
+        stream.write_all(&wire::preamble(Purpose::Control)).await?;
+    }
+    match purpose? {
+        Purpose::Witness => take_witness(stream, doors).await,
+        Purpose::Control => hear_messages(stream, from, &doors.events).await,
+    }
+}
+
+async fn take_witness(mut stream: TcpStream, doors: &Doors) -> Result<(), SessionError> {
+    let mut token = Token([0; TOKEN]);
+    match timeout(GREETING, stream.read_exact(&mut token.0)).await {
+        Ok(read) => drop(read?),
+        Err(_) => return Err(SessionError::Stalled { what: "its token", limit: GREETING }),
+    }
+    let conn = doors.expected.take(Line::Witness, token).ok_or(SessionError::Stranger)?;
+    let _ = doors.arrived.send((conn, Line::Witness, into_fd(stream)?)).await;
+    Ok(())
+}
+
+async fn hear_messages(
+    mut stream: TcpStream,
+    from: IpAddr,
+    events: &mpsc::Sender<SessionEvent>,
+) -> Result<(), SessionError> {
+    notice_silence(&stream)?;
     loop {
         let mut head = [0; 4];
         match stream.read_exact(&mut head[..1]).await {
@@ -170,13 +205,24 @@ async fn connect(to: SocketAddr) -> Result<TcpStream, SessionError> {
         let mut stream = TcpStream::connect(to).await?;
         stream.set_nodelay(true)?;
         notice_silence(&stream)?;
-        stream.write_all(&wire::preamble()).await?;
+        stream.write_all(&wire::preamble(Purpose::Control)).await?;
         let mut preamble = [0; wire::PREAMBLE];
         stream.read_exact(&mut preamble).await?;
         wire::check_preamble(preamble)?;
         Ok(stream)
     });
     greeting.await.map_err(|_| SessionError::Stalled { what: "its greeting", limit: GREETING })?
+}
+
+/// Make the witness of a transaction with the router at `to`.
+pub async fn open_witness(to: SocketAddr, token: Token) -> io::Result<OwnedFd> {
+    let made = timeout(GREETING, async {
+        let mut stream = TcpStream::connect(to).await?;
+        stream.set_nodelay(true)?;
+        stream.write_all(&[&wire::preamble(Purpose::Witness)[..], &token.0].concat()).await?;
+        into_fd(stream)
+    });
+    made.await.map_err(|_| io::ErrorKind::TimedOut)?
 }
 
 /// Until the connection or the queue ends.

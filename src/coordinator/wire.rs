@@ -11,7 +11,7 @@ use forwarder_api::{ConnId, Direction, MAX_UNREAD_BYTES, Refusal};
 use serde::{Deserialize, Serialize};
 
 /// Bumped with every change of [`Message`], and of what the forwarders say through it.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 pub const PREAMBLE: usize = 8;
 /// The longest frame body, in bytes: a relayed message with all the unread bytes allowed, and room for its head.
 pub const MAX_FRAME: usize = MAX_UNREAD_BYTES + (1 << 20);
@@ -19,7 +19,16 @@ pub const TOKEN: usize = 16;
 
 const MAGIC: [u8; 4] = *b"eBPr";
 
-/// Opens one host connection, once.
+/// What a connection to ROUTER_PORT is for. The fifth and sixth byte of a preamble are the version, the seventh is this.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Messages follow.
+    Control = 0,
+    /// A token follows, and then whatever the forwarders use a witness for.
+    Witness = 1,
+}
+
+/// Opens one connection, once.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Token(pub [u8; TOKEN]);
 
@@ -28,6 +37,15 @@ impl std::fmt::Debug for Token {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Token(..)")
     }
+}
+
+/// The connections that a decider is to make for one transaction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rendezvous {
+    /// For `ToHost`: where the host connection is taken, and its token.
+    pub host: Option<(SocketAddr, Token)>,
+    /// For the witness, which is taken at ROUTER_PORT.
+    pub witness: Token,
 }
 
 /// The overlay addresses of a connection, as the end sees them that `local` belongs to.
@@ -83,12 +101,11 @@ pub enum Message {
         attempted: Attempted,
         reason: Refusal,
     },
-    /// For `ToHost`, where to connect to and with which token.
     Accept {
         attempted: Attempted,
-        path: Option<(SocketAddr, Token)>,
+        rendezvous: Rendezvous,
     },
-    /// The follower has the host connection.
+    /// The follower has all that the decider was to connect.
     Begin {
         attempted: Attempted,
     },
@@ -124,28 +141,33 @@ pub enum WireError {
         "it speaks version {received} of the routers' protocol, version {VERSION} expected: run the same release on all hosts"
     )]
     Version { received: u16 },
+    #[error("it came for purpose {received}, 0 (control) or 1 (witness) expected")]
+    Purpose { received: u8 },
     #[error("it sent a frame of {length} bytes, at most {MAX_FRAME} expected")]
     TooLong { length: usize },
     #[error("it sent a frame of {length} bytes that cannot be decoded: {source}")]
     Malformed { length: usize, source: postcard::Error },
 }
 
-pub fn preamble() -> [u8; PREAMBLE] {
+pub fn preamble(purpose: Purpose) -> [u8; PREAMBLE] {
     let mut bytes = [0; PREAMBLE];
     bytes[..4].copy_from_slice(&MAGIC);
     bytes[4..6].copy_from_slice(&VERSION.to_le_bytes());
+    bytes[6] = purpose as u8;
     bytes
 }
 
-/// Is this a router of our version?
-pub fn check_preamble(bytes: [u8; PREAMBLE]) -> Result<(), WireError> {
-    let [a, b, c, d, low, high, ..] = bytes;
+/// Is this a router of our version, and what does it want?
+pub fn check_preamble(bytes: [u8; PREAMBLE]) -> Result<Purpose, WireError> {
+    let [a, b, c, d, low, high, purpose, _] = bytes;
     if [a, b, c, d] != MAGIC {
         return Err(WireError::NoRouter { received: [a, b, c, d] });
     }
-    match u16::from_le_bytes([low, high]) {
-        VERSION => Ok(()),
-        received => Err(WireError::Version { received }),
+    match (u16::from_le_bytes([low, high]), purpose) {
+        (VERSION, 0) => Ok(Purpose::Control),
+        (VERSION, 1) => Ok(Purpose::Witness),
+        (VERSION, received) => Err(WireError::Purpose { received }),
+        (received, _) => Err(WireError::Version { received }),
     }
 }
 
@@ -186,12 +208,16 @@ mod tests {
     fn messages() -> Vec<Message> {
         let (tuple, direction) = (tuple(), Direction::ToHost);
         let attempted = Attempted { conn: ConnId(7), number: 9 };
+        let token = Token([3; TOKEN]);
         vec![
             Message::Know { tuple, declined: Some(Refusal::NoRuleMatches), answer: true },
             Message::Ask { tuple, direction: Direction::ToOverlay, cause: Cause::Stop },
             Message::Offer { attempted, tuple: tuple.reversed(), direction, cause: Cause::Rules },
             Message::Refuse { attempted, reason: Refusal::IoUring },
-            Message::Accept { attempted, path: Some((tuple.local, Token([3; TOKEN]))) },
+            Message::Accept {
+                attempted,
+                rendezvous: Rendezvous { host: Some((tuple.local, token)), witness: token },
+            },
             Message::Begin { attempted },
             Message::Cancel { attempted, reason: Refusal::Stopping },
             Message::Relay { attempted, message: vec![1, 2, 3] },
@@ -225,9 +251,11 @@ mod tests {
 
     #[test]
     fn other_programs_and_other_versions_are_told_apart() {
-        assert!(check_preamble(preamble()).is_ok());
+        for purpose in [Purpose::Control, Purpose::Witness] {
+            assert_eq!(check_preamble(preamble(purpose)).unwrap(), purpose);
+        }
         assert!(matches!(check_preamble(*b"GET / HT"), Err(WireError::NoRouter { .. })));
-        let mut next = preamble();
+        let mut next = preamble(Purpose::Control);
         next[4..6].copy_from_slice(&(VERSION + 1).to_le_bytes());
         assert!(
             matches!(check_preamble(next), Err(WireError::Version { received }) if received == VERSION + 1)

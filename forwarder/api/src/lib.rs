@@ -16,7 +16,7 @@ pub use frame::{Frame, FrameError, MAX_FRAME};
 pub use refusal::Refusal;
 
 /// Bumped with every change of a type in this crate; both sides refuse to talk to another version.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Unread bytes (see design: acknowledged by the kernel, not yet read by the application) that one end of a swap
 /// may carry over, in bytes. More is refused with [`Refusal::TooManyUnreadBytes`].
@@ -70,8 +70,9 @@ pub enum Request {
     /// until a transaction of it ends or [`Request::Cancel`] comes. Answered by [`Event::Prepared`] or
     /// [`Event::Refused`].
     Prepare { conn: ConnId, direction: Direction, target: PrepareTarget },
-    /// Run the transaction of a prepared connection, between two hosts. `ToHost` carries one fd: the host socket,
-    /// connected, with nothing sent or received that is not consumed. Answered by [`Event::Ended`].
+    /// Run the transaction of a prepared connection, between two hosts. Carries fds, each connected to the same at the
+    /// other host, with nothing sent or received that is not consumed: `ToHost` the host socket; then the witness, over
+    /// which the two ends of the transaction agree. Answered by [`Event::Ended`].
     Move { conn: ConnId, role: Role, budget_us: u32 },
     /// The same for a connection whose two ends both live on this host, in one freeze. Both sockets were prepared
     /// under the same `conn`. `ToHost` carries two fds: the host sockets for `first` and `second`, connected to
@@ -107,7 +108,8 @@ impl Request {
     /// How many file descriptors travel with this request, given the direction its connection was prepared for.
     pub fn fds(&self, direction: Option<Direction>) -> usize {
         match (self, direction) {
-            (Request::Move { .. }, Some(Direction::ToHost)) => 1,
+            (Request::Move { .. }, Some(Direction::ToHost)) => 2,
+            (Request::Move { .. }, Some(Direction::ToOverlay)) => 1,
             (Request::MoveLocal { .. }, Some(Direction::ToHost)) => 2,
             _ => 0,
         }

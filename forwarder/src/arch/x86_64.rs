@@ -3,12 +3,15 @@
 //!
 //! # The injected code
 //! The *foothold* is a few hundred bytes of code and data that the forwarder writes into the unused end of a
-//! process's vDSO: executable in every process, private to it once written (through `/proc/PID/mem`). Two pieces:
+//! process's vDSO: executable in every process, private to it once written (through `/proc/PID/mem`). The pieces:
 //!
 //! * **block**: runs a table of system calls (a [`Call`] each) that lies in a page of scratch memory, then waits a
 //!   moment for the tracer, then restores the signal mask and every register *by itself* and jumps to where the
 //!   thread was. Once started it needs nobody: if the forwarder dies, the thread still comes back as it was.
 //!   It never touches the stack, so a signal handler may run on top of it, nor any FPU or vector register.
+//! * **hold**: a few more bytes for each other thread of the process, in memory of its own. The thread has them as its
+//!   registers from before the gate until the block is over, but runs them only if its tracer dies in between: it then
+//!   waits until the block says that it is over, and restores itself in the same way.
 //! * **resume**: finishes a `write` or `read` that the freeze cut short: calls again for the rest and returns the
 //!   sum. Its few values lie in a frame below the red zone of the thread's own stack.
 //!
@@ -30,12 +33,14 @@ pub mod scratch {
     pub const PAIR: u64 = 0;
     /// A byte to receive into.
     pub const BYTE: u64 = 8;
+    /// Two bytes to send: the words on the witness.
+    pub const WORDS: u64 = 12;
     pub const MSGHDR: u64 = 16;
     pub const IOVEC: u64 = 72;
     pub const CONTROL: u64 = 96;
     /// The descriptors in the control message, `i32` each: after its 16-byte head.
     pub const FDS: u64 = CONTROL + 16;
-    pub const MAX_FDS: usize = 8;
+    pub const MAX_FDS: usize = 16;
     /// `struct epoll_event`s, 12 bytes each (packed on x86_64).
     pub const EVENTS: u64 = 256;
     pub const MAX_EVENTS: usize = 64;
@@ -80,34 +85,66 @@ impl Call {
         self
     }
 
-    /// Go on at call `index` when the result is less than `least`.
-    pub fn or_go_to(mut self, least: i64, index: usize) -> Call {
+    /// The call fails when its result is less than this.
+    pub fn at_least(mut self, least: i64) -> Call {
         self.least = least;
-        self.on_failure = index as u16 + 1;
-        self
-    }
-
-    pub fn then_go_to(mut self, index: usize) -> Call {
-        self.on_success = index as u16 + 1;
         self
     }
 }
 
 global_asm!(
     r#"
+    // The thread's own signal mask and registers; rbp and rsp were never changed.
+    .macro restore_thread of
+    mov eax, 14                               // rt_sigprocmask(SIG_SETMASK, &mask, NULL, 8)
+    mov edi, 2
+    lea rsi, [rip + \of\()_mask]
+    xor edx, edx
+    mov r10d, 8
+    syscall
+    mov rbx, [rip + \of\()_regs + 8]
+    mov rcx, [rip + \of\()_regs + 16]
+    mov rdx, [rip + \of\()_regs + 24]
+    mov rsi, [rip + \of\()_regs + 32]
+    mov rdi, [rip + \of\()_regs + 40]
+    mov r8,  [rip + \of\()_regs + 64]
+    mov r9,  [rip + \of\()_regs + 72]
+    mov r10, [rip + \of\()_regs + 80]
+    mov r11, [rip + \of\()_regs + 88]
+    mov r12, [rip + \of\()_regs + 96]
+    mov r13, [rip + \of\()_regs + 104]
+    mov r14, [rip + \of\()_regs + 112]
+    mov r15, [rip + \of\()_regs + 120]
+    cmp byte ptr [rip + \of\()_flag_direction], 0
+    je 8f
+    std
+8:  mov al, [rip + \of\()_flag_overflow]
+    add al, 0x7f                              // OF := overflow
+    mov ah, [rip + \of\()_flag_low]
+    sahf
+    mov rax, [rip + \of\()_regs]
+    jmp qword ptr [rip + \of\()_rip]
+    .endm
+
+    // What the thread goes on with, in the order of `own_state`.
+    .macro thread_state of
+\of\()_regs:           .fill 16, 8, 0       // rax rbx rcx rdx rsi rdi rbp rsp r8..r15
+\of\()_rip:            .quad 0
+\of\()_mask:           .quad 0              // signal mask
+\of\()_flag_overflow:  .byte 0              // 1 if OF
+\of\()_flag_low:       .byte 0              // SF ZF AF PF CF
+\of\()_flag_direction: .byte 0              // 1 if DF
+    .balign 8
+    .endm
+
     .pushsection .rodata.foothold, "a"
     .balign 16
     .globl ebpf_router_foothold_start
 ebpf_router_foothold_start:
-    .ascii "ebpfrtr1"                         // FOOTHOLD_MAGIC
+    .ascii "ebpfrtr2"                         // FOOTHOLD_MAGIC
 foothold_scratch:        .quad 0
-foothold_regs:           .fill 16, 8, 0       // rax rbx rcx rdx rsi rdi rbp rsp r8..r15
-foothold_rip:            .quad 0
-foothold_mask:           .quad 0              // signal mask
-foothold_flag_overflow:  .byte 0              // 1 if OF
-foothold_flag_low:       .byte 0              // SF ZF AF PF CF
-foothold_flag_direction: .byte 0              // 1 if DF
-    .balign 8
+foothold_shelter:        .quad 0, 0           // address and length
+    thread_state foothold
 foothold_wait:           .quad 0, 200000000   // struct timespec: 200 ms
 
     .globl ebpf_router_foothold_block
@@ -175,34 +212,7 @@ ebpf_router_foothold_block:
     syscall
     .globl ebpf_router_foothold_waited
 ebpf_router_foothold_waited:
-    mov eax, 14                               // rt_sigprocmask(SIG_SETMASK, &mask, NULL, 8)
-    mov edi, 2
-    lea rsi, [rip + foothold_mask]
-    xor edx, edx
-    mov r10d, 8
-    syscall
-    mov rbx, [rip + foothold_regs + 8]
-    mov rcx, [rip + foothold_regs + 16]
-    mov rdx, [rip + foothold_regs + 24]
-    mov rsi, [rip + foothold_regs + 32]
-    mov rdi, [rip + foothold_regs + 40]
-    mov r8,  [rip + foothold_regs + 64]
-    mov r9,  [rip + foothold_regs + 72]
-    mov r10, [rip + foothold_regs + 80]
-    mov r11, [rip + foothold_regs + 88]
-    mov r12, [rip + foothold_regs + 96]
-    mov r13, [rip + foothold_regs + 104]
-    mov r14, [rip + foothold_regs + 112]
-    mov r15, [rip + foothold_regs + 120]
-    cmp byte ptr [rip + foothold_flag_direction], 0
-    je 8f
-    std
-8:  mov al, [rip + foothold_flag_overflow]
-    add al, 0x7f                              // OF := overflow
-    mov ah, [rip + foothold_flag_low]
-    sahf
-    mov rax, [rip + foothold_regs]
-    jmp qword ptr [rip + foothold_rip]        // rbp and rsp were never changed
+    restore_thread foothold
 
     .globl ebpf_router_foothold_resume
 ebpf_router_foothold_resume:
@@ -223,6 +233,26 @@ ebpf_router_foothold_resumed:
     jmp rcx
     .globl ebpf_router_foothold_end
 ebpf_router_foothold_end:
+
+    .balign 16
+    .globl ebpf_router_hold_start
+ebpf_router_hold_start:
+hold_over:               .quad 0              // address of the word that the block sets when it is over
+    thread_state hold
+    .globl ebpf_router_hold_wait
+ebpf_router_hold_wait:
+    mov rdi, [rip + hold_over]
+    cmp dword ptr [rdi], 0
+    jne 2f
+    mov eax, 202                              // futex(over, FUTEX_WAIT_PRIVATE, 0, NULL)
+    mov esi, 128
+    xor edx, edx
+    xor r10d, r10d
+    syscall
+    jmp ebpf_router_hold_wait
+2:  restore_thread hold
+    .globl ebpf_router_hold_end
+ebpf_router_hold_end:
     .popsection
     "#,
     scratch_len = const SCRATCH_LEN,
@@ -236,10 +266,13 @@ unsafe extern "C" {
     static ebpf_router_foothold_resume: u8;
     static ebpf_router_foothold_resumed: u8;
     static ebpf_router_foothold_end: u8;
+    static ebpf_router_hold_start: u8;
+    static ebpf_router_hold_wait: u8;
+    static ebpf_router_hold_end: u8;
 }
 
 /// First bytes of a foothold: code of another layout must have another one.
-pub const FOOTHOLD_MAGIC: [u8; 8] = *b"ebpfrtr1";
+pub const FOOTHOLD_MAGIC: [u8; 8] = *b"ebpfrtr2";
 
 fn offset_of_symbol(symbol: *const u8) -> u64 {
     symbol as u64 - &raw const ebpf_router_foothold_start as u64
@@ -273,22 +306,57 @@ pub fn foothold() -> &'static [u8] {
     unsafe { std::slice::from_raw_parts(&raw const ebpf_router_foothold_start, foothold_len()) }
 }
 
-/// The foothold's data: scratch address, and what the block restores when it ends by itself.
-pub fn foothold_data(scratch: u64, regs: &Regs, mask: u64) -> Vec<u8> {
-    let regs = &after_restart(regs);
-    let mut data = Vec::with_capacity(200);
+/// The foothold's data: scratch memory, shelter (address and length), and what the block restores when it ends by
+/// itself.
+pub fn foothold_data(scratch: u64, shelter: (u64, u64), regs: &Regs, mask: u64) -> Vec<u8> {
+    let mut data = Vec::with_capacity(256);
     data.extend_from_slice(&FOOTHOLD_MAGIC);
-    let words = [
-        scratch, regs.rax, regs.rbx, regs.rcx, regs.rdx, regs.rsi, regs.rdi, regs.rbp, regs.rsp, regs.r8,
-        regs.r9, regs.r10, regs.r11, regs.r12, regs.r13, regs.r14, regs.r15, regs.rip, mask,
-    ];
-    for word in words {
+    for word in [scratch, shelter.0, shelter.1] {
         data.extend_from_slice(&word.to_le_bytes());
     }
-    data.push((regs.eflags >> 11 & 1) as u8);
-    data.push(regs.eflags as u8);
-    data.push((regs.eflags >> 10 & 1) as u8);
+    data.extend(own_state(regs, mask));
     data
+}
+
+/// What a thread goes on with, as `thread_state` of the assembly has it.
+fn own_state(regs: &Regs, mask: u64) -> Vec<u8> {
+    let regs = &after_restart(regs);
+    let words = [
+        regs.rax, regs.rbx, regs.rcx, regs.rdx, regs.rsi, regs.rdi, regs.rbp, regs.rsp, regs.r8, regs.r9,
+        regs.r10, regs.r11, regs.r12, regs.r13, regs.r14, regs.r15, regs.rip, mask,
+    ];
+    let mut state: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    state.push((regs.eflags >> 11 & 1) as u8);
+    state.push(regs.eflags as u8);
+    state.push((regs.eflags >> 10 & 1) as u8);
+    state
+}
+
+/// Bytes of a hold, and where in it a thread waits.
+pub fn hold_len() -> usize {
+    let (start, end) = (&raw const ebpf_router_hold_start as usize, &raw const ebpf_router_hold_end as usize);
+    (end - start).next_multiple_of(16)
+}
+
+fn hold_wait_offset() -> u64 {
+    &raw const ebpf_router_hold_wait as u64 - &raw const ebpf_router_hold_start as u64
+}
+
+/// A hold: the thread that has it waits until the word at `over` is not zero, and goes on with its own state.
+pub fn hold(regs: &Regs, mask: u64, over: u64) -> Vec<u8> {
+    let (start, end) = (&raw const ebpf_router_hold_start, &raw const ebpf_router_hold_end);
+    // SAFETY: start and end delimit one read-only object in .rodata.foothold, defined by the assembly above.
+    let mut hold = unsafe { std::slice::from_raw_parts(start, end as usize - start as usize) }.to_vec();
+    hold.resize(hold_len(), 0);
+    let state = own_state(regs, mask);
+    hold[..8].copy_from_slice(&over.to_le_bytes());
+    hold[8..8 + state.len()].copy_from_slice(&state);
+    hold
+}
+
+/// The registers of a thread that waits in the hold at `hold`.
+pub fn enter_hold(regs: &Regs, hold: u64) -> Regs {
+    start_at(regs, hold + hold_wait_offset())
 }
 
 // Of include/linux/errno.h: never seen by a program, only by its tracer.
@@ -490,13 +558,28 @@ pub fn resume(
     Resume { frame_at, frame, regs }
 }
 
-/// Start the block of the foothold at `foothold`: outside of any system call, as far as the kernel's restart goes.
+/// Start the block of the foothold at `foothold`.
 pub fn start_block(regs: &Regs, foothold: u64) -> Regs {
+    start_at(regs, foothold + block_offset())
+}
+
+/// Our code instead of the thread's: outside of any system call, as far as the kernel's restart goes.
+fn start_at(regs: &Regs, rip: u64) -> Regs {
     let mut regs = *regs;
-    regs.rip = foothold + block_offset();
+    regs.rip = rip;
     regs.orig_rax = u64::MAX;
     regs.eflags &= !(1 << 10);
     regs
+}
+
+/// The thread goes on at another place.
+pub fn continue_at(regs: &Regs, rip: u64) -> Regs {
+    Regs { rip, ..*regs }
+}
+
+/// Where a thread stands that is not in a system call.
+pub fn user_position(regs: &Regs) -> Option<u64> {
+    (!in_syscall(regs)).then_some(regs.rip)
 }
 
 /// A system call's result, in a syscall-exit stop.

@@ -96,7 +96,7 @@ fn a_process_goes_on_with_the_new_socket_under_all_its_descriptors() {
     let (mut client, server) = pair();
     let mut frozen = echo.freeze();
     let pairs = [echo.substitution(server.as_fd(), b"")];
-    Armed::arm(&mut frozen, &pairs, soon()).unwrap().install(&mut frozen, &pairs).unwrap();
+    Armed::arm(&mut frozen, &pairs, Deal::Within, soon()).unwrap().install(&mut frozen, &pairs).unwrap();
     frozen.thaw();
     says_back(&mut client, b"after");
     // Standard input, standard output, and our own.
@@ -111,7 +111,7 @@ fn carried_bytes_are_the_first_on_the_new_socket() {
     let mut frozen = echo.freeze();
     let carry: Vec<u8> = (0..3_000_000u32).map(|n| n as u8).collect();
     let pairs = [echo.substitution(server.as_fd(), &carry)];
-    Armed::arm(&mut frozen, &pairs, soon()).unwrap().install(&mut frozen, &pairs).unwrap();
+    Armed::arm(&mut frozen, &pairs, Deal::Within, soon()).unwrap().install(&mut frozen, &pairs).unwrap();
     drop(frozen);
     let mut received = vec![0; carry.len()];
     client.read_exact(&mut received).unwrap();
@@ -126,7 +126,7 @@ fn turning_back_at_the_gate_leaves_the_process_as_it_was() {
     let before = fds(&echo);
     let mut frozen = echo.freeze();
     let pairs = [echo.substitution(server.as_fd(), b"")];
-    Armed::arm(&mut frozen, &pairs, soon()).unwrap().turn_back(&mut frozen);
+    Armed::arm(&mut frozen, &pairs, Deal::Within, soon()).unwrap().turn_back(&mut frozen);
     drop(frozen);
     assert_eq!(fds(&echo), before);
     echo.says_back(b"still here");
@@ -139,7 +139,7 @@ fn the_same_process_can_be_moved_many_times() {
         let (client, server) = pair();
         let mut frozen = echo.freeze();
         let pairs = [echo.substitution(server.as_fd(), b"")];
-        Armed::arm(&mut frozen, &pairs, soon()).unwrap().install(&mut frozen, &pairs).unwrap();
+        Armed::arm(&mut frozen, &pairs, Deal::Within, soon()).unwrap().install(&mut frozen, &pairs).unwrap();
         drop(frozen);
         echo.client = client;
         echo.old = server.into();
@@ -156,7 +156,7 @@ fn a_tracer_that_dies_at_the_gate_leaves_the_process_working() {
             .spawn(|| {
                 let mut frozen = echo.freeze();
                 let pairs = [echo.substitution(server.as_fd(), b"")];
-                let armed = Armed::arm(&mut frozen, &pairs, soon()).unwrap();
+                let armed = Armed::arm(&mut frozen, &pairs, Deal::Within, soon()).unwrap();
                 // As after SIGKILL: no Drop runs; the end of this thread detaches, and the gate closes.
                 std::mem::forget(frozen);
                 drop(armed);

@@ -10,7 +10,7 @@ use forwarder_api::{Direction, MAX_UNREAD_BYTES, Moved, Outcome, Refusal};
 
 use super::{Finished, Running, SETTLE_POLL, Times, aborted, socket_inode};
 use crate::{
-    exchange::{self, Armed, discard, facts_while_frozen},
+    exchange::{self, Armed, Deal, discard, facts_while_frozen},
     freeze::Frozen,
     inspect::SocketFacts,
     options::ReceiveRoom,
@@ -108,7 +108,7 @@ impl Local<'_> {
             Running::substitution(first, self.new[0], &facts[0], for_second),
             Running::substitution(second, self.new[1], &facts[1], for_first),
         ];
-        Armed::arm(frozen, &pairs, deadline)?.install(frozen, &pairs)?;
+        Armed::arm(frozen, &pairs, Deal::Within, deadline)?.install(frozen, &pairs)?;
         self.times.installed = Some(Instant::now());
         Ok(())
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The machine that runs is the machine that is checked: both ends, the new connection between them, and routers that
-//! carry their messages, in every order, with forwarders that are killed at every step.
+//! The machine that runs is the machine that is checked: both ends with their blocks, the witness and the new connection
+//! between them, and routers that carry their messages, in every order, with forwarders that are killed at every step.
 
 use stateright::{Checker, Model, Property};
 
@@ -24,6 +24,29 @@ enum Doing {
     Installing,
 }
 
+/// The code in the processes of an end (see `crate::table`). While it is between arming and its end, no thread of the
+/// application runs, whether the forwarder lives or not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Block {
+    None,
+    AtGate,
+    /// Through the gate.
+    Replacing,
+    /// The new socket is in place; what is said next depends on the role.
+    Replaced,
+    /// Decider: `C` is said.
+    Waiting,
+    Over {
+        kept: bool,
+    },
+}
+
+impl Block {
+    fn is_active(self) -> bool {
+        !matches!(self, Block::None | Block::Over { .. })
+    }
+}
+
 /// One end: its forwarder and its application.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Side {
@@ -34,24 +57,28 @@ struct Side {
     /// Nothing is in flight towards or from this end any more.
     settled: bool,
     path: Path,
-    armed: bool,
-    /// Who holds this end of the new connection.
-    forwarder_holds_new: bool,
-    application_holds_new: bool,
-    awaiting_mark: bool,
-    awaiting_peer: bool,
+    block: Block,
+    /// The forwarder has its copies.
+    holds_new: bool,
+    holds_witness: bool,
+    awaiting_commit: bool,
+    /// On the witness, from the other end.
+    words: Vec<u8>,
     /// On the new connection, from the other end, not read yet.
-    incoming: Vec<Item>,
+    incoming: Vec<u8>,
     /// What the block sends after the gate.
-    loaded: Vec<Item>,
+    loaded: Vec<u8>,
     result: Option<Result<(), Refusal>>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Item {
-    Mark(Mark),
-    /// A byte that the other application had not read from the old connection.
-    Carried(u8),
+impl Side {
+    fn is_running(&self) -> bool {
+        !self.frozen && !self.block.is_active()
+    }
+
+    fn is_over(&self) -> bool {
+        (!self.alive || self.result.is_some()) && !self.block.is_active()
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -60,6 +87,8 @@ struct World {
     /// Messages on their way to each side.
     messages: [Vec<Message>; 2],
     routers_work: bool,
+    /// shutdown(2) was called at one of its ends.
+    witness_shut: bool,
     kills_left: u8,
 }
 
@@ -67,11 +96,12 @@ struct World {
 enum Step {
     Finish { side: usize, well: bool },
     Deliver { side: usize },
-    ReadMark { side: usize },
+    ReadCommit { side: usize },
     SeeEnd { side: usize },
     BudgetOver { side: usize },
     Cancel { side: usize },
     Silence { side: usize },
+    Block { side: usize, well: bool },
     CutRouters,
     Kill { side: usize },
 }
@@ -105,55 +135,76 @@ impl Transaction {
     }
 
     fn act(&self, world: &mut World, side: usize, action: Action) {
-        let single_use = self.direction == Direction::ToHost;
+        let here = &mut world.sides[side];
         match action {
             Action::Tell(message) => {
                 if world.routers_work {
                     world.messages[peer(side)].push(message);
                 }
             }
-            Action::MakeShallow => world.sides[side].doing = Doing::Calming,
-            Action::Freeze => world.sides[side].doing = Doing::Freezing,
-            Action::LookAgain { .. } => world.sides[side].doing = Doing::Looking,
-            Action::Arm { mark, carry } => {
-                let items = mark.map(Item::Mark).into_iter().chain(carry.into_iter().map(Item::Carried));
-                world.sides[side].loaded = items.collect();
-                world.sides[side].doing = Doing::Arming;
+            Action::MakeShallow => here.doing = Doing::Calming,
+            Action::Freeze => here.doing = Doing::Freezing,
+            Action::LookAgain { .. } => here.doing = Doing::Looking,
+            Action::Arm { carry } => {
+                here.loaded = carry;
+                here.doing = Doing::Arming;
             }
             Action::OpenGate => {
-                // The block goes through to its end without us.
-                let here = &mut world.sides[side];
-                here.armed = false;
-                here.path = Path::New;
-                here.application_holds_new = true;
+                here.block = Block::Replacing;
                 here.doing = Doing::Installing;
-                let items = std::mem::take(&mut here.loaded);
-                world.sides[peer(side)].incoming.extend(items);
             }
-            Action::CloseGate => world.sides[side].armed = false,
-            Action::AwaitMark => world.sides[side].awaiting_mark = true,
-            Action::AwaitPeer => world.sides[side].awaiting_peer = true,
-            Action::SendAbortMark => world.sides[peer(side)].incoming.push(Item::Mark(Mark::Abort)),
-            Action::Reverse => {
-                world.sides[side].path = Path::Old;
-                world.sides[side].application_holds_new = false;
-            }
-            Action::CloseNew => world.sides[side].forwarder_holds_new = false,
-            Action::Thaw => world.sides[side].frozen = false,
-            Action::End(result) => {
-                let here = &mut world.sides[side];
-                // What was not needed is closed, or parked again.
-                if result.is_ok() || single_use {
-                    here.forwarder_holds_new = false;
+            Action::CloseGate => {
+                if here.block == Block::AtGate {
+                    here.block = Block::Over { kept: false };
                 }
+            }
+            Action::AwaitCommit => here.awaiting_commit = true,
+            Action::CloseNew => here.holds_new = false,
+            Action::Thaw => here.frozen = false,
+            Action::End(result) => {
+                here.holds_witness = false;
+                // The overlay connection is parked again if it was not taken.
+                here.holds_new &= result.is_err() && self.direction == Direction::ToOverlay;
+                here.awaiting_commit = false;
                 here.result = Some(result);
             }
         }
     }
 
-    fn new_is_held_by_peer(world: &World, side: usize) -> bool {
+    /// Can this side still hear a word on the witness?
+    fn witness_has_ended(world: &World, side: usize) -> bool {
         let there = &world.sides[peer(side)];
-        there.forwarder_holds_new || there.application_holds_new
+        world.witness_shut || !(there.holds_witness || there.block.is_active())
+    }
+
+    fn block_step(world: &mut World, side: usize, well: bool) {
+        let ended = Self::witness_has_ended(world, side);
+        let [decider, follower] = &mut world.sides;
+        let (here, there) = if side == 0 { (decider, follower) } else { (follower, decider) };
+        match (here.block, well) {
+            (Block::Replacing, true) => {
+                here.path = Path::New;
+                here.block = Block::Replaced;
+            }
+            (Block::Replaced, true) => {
+                there.incoming.append(&mut here.loaded);
+                if side == 0 {
+                    there.words.push(b'C');
+                    here.block = Block::Waiting;
+                } else {
+                    there.words.push(b'I');
+                    here.block = Block::Over { kept: true };
+                }
+            }
+            (Block::Waiting, _) if here.words.contains(&b'I') => here.block = Block::Over { kept: true },
+            (Block::Waiting, _) if !ended => {}
+            (Block::Replacing | Block::Replaced, false) | (Block::Waiting, _) => {
+                world.witness_shut = true;
+                here.path = Path::Old;
+                here.block = Block::Over { kept: false };
+            }
+            (Block::None | Block::AtGate | Block::Over { .. }, _) => {}
+        }
     }
 }
 
@@ -169,11 +220,11 @@ impl Model for Transaction {
             frozen: false,
             settled: false,
             path: Path::Old,
-            armed: false,
-            forwarder_holds_new: true,
-            application_holds_new: false,
-            awaiting_mark: false,
-            awaiting_peer: false,
+            block: Block::None,
+            holds_new: true,
+            holds_witness: true,
+            awaiting_commit: false,
+            words: vec![],
             incoming: vec![],
             loaded: vec![],
             result: None,
@@ -182,6 +233,7 @@ impl Model for Transaction {
             sides: [side(Role::Decider), side(Role::Follower)],
             messages: [vec![], vec![]],
             routers_work: true,
+            witness_shut: false,
             kills_left: self.kills,
         };
         for side in [0, 1] {
@@ -191,17 +243,27 @@ impl Model for Transaction {
     }
 
     fn actions(&self, world: &World, steps: &mut Vec<Step>) {
-        for (side, here) in world.sides.iter().enumerate().filter(|(_, here)| here.alive) {
-            if here.result.is_some() {
+        for (side, here) in world.sides.iter().enumerate() {
+            if here.block.is_active() && here.block != Block::AtGate {
+                steps.push(Step::Block { side, well: true });
+                if here.block != Block::Waiting {
+                    steps.push(Step::Block { side, well: false });
+                }
+            }
+            if !here.alive || here.result.is_some() {
                 continue;
             }
             if world.kills_left > 0 {
                 steps.push(Step::Kill { side });
             }
-            if here.doing != Doing::Nothing {
-                steps.push(Step::Finish { side, well: true });
-                if matches!(here.doing, Doing::Freezing | Doing::Arming) {
-                    steps.push(Step::Finish { side, well: false });
+            match here.doing {
+                Doing::Nothing => {}
+                Doing::Installing if here.block.is_active() => {}
+                Doing::Calming | Doing::Looking | Doing::Installing => {
+                    steps.push(Step::Finish { side, well: true });
+                }
+                Doing::Freezing | Doing::Arming => {
+                    steps.extend([true, false].map(|well| Step::Finish { side, well }));
                 }
             }
             // The others are one call each, during which nothing else is seen.
@@ -211,38 +273,16 @@ impl Model for Transaction {
             if !world.messages[side].is_empty() {
                 steps.push(Step::Deliver { side });
             }
-            if here.awaiting_mark && matches!(here.incoming.first(), Some(Item::Mark(_))) {
-                steps.push(Step::ReadMark { side });
-            }
-            let ended = !Transaction::new_is_held_by_peer(world, side);
-            if ended && ((here.awaiting_mark && here.incoming.is_empty()) || here.awaiting_peer) {
-                steps.push(Step::SeeEnd { side });
-            }
-            if !here.awaiting_mark && !here.awaiting_peer {
-                if here.frozen {
-                    steps.push(Step::BudgetOver { side });
+            steps.push(Step::Cancel { side });
+            steps.push(Step::Silence { side });
+            if here.awaiting_commit {
+                if here.words.is_empty() && Transaction::witness_has_ended(world, side) {
+                    steps.push(Step::SeeEnd { side });
+                } else if !here.words.is_empty() {
+                    steps.push(Step::ReadCommit { side });
                 }
-                steps.push(Step::Cancel { side });
-                if !here.frozen && side == 1 {
-                    steps.push(Step::Silence { side });
-                }
-            }
-            // An installed decider gives up waiting for word only where none is to come, and long after a live
-            // follower has seen its mark; a follower only where no mark is to come. (Times are so set, in
-            // crate::mover.)
-            let there = &world.sides[peer(side)];
-            let follower_acts = there.alive && there.result.is_none();
-            let no_word =
-                world.messages[side].is_empty() && (!world.routers_work || !there.alive) && !follower_acts;
-            if here.awaiting_peer && !ended && no_word {
-                steps.push(Step::Silence { side });
-            }
-            let decider = &world.sides[0];
-            let no_mark = here.incoming.is_empty() && !decider.alive;
-            let no_abort =
-                decider.result.is_some() && here.incoming.is_empty() && world.messages[side].is_empty();
-            if here.awaiting_mark && (no_mark || no_abort) {
-                steps.push(Step::Silence { side });
+            } else if here.frozen {
+                steps.push(Step::BudgetOver { side });
             }
         }
         if world.routers_work {
@@ -254,28 +294,26 @@ impl Model for Transaction {
         let mut next = world.clone();
         match step {
             Step::Finish { side, well } => {
-                let doing = std::mem::replace(&mut next.sides[side].doing, Doing::Nothing);
-                if next.sides[side].result.is_some() {
-                    return None;
-                }
-                let event = match (doing, well) {
+                let here = &mut next.sides[side];
+                let event = match (std::mem::replace(&mut here.doing, Doing::Nothing), well) {
                     (Doing::Nothing, _) => return None,
                     (Doing::Calming, _) => Event::Calm,
                     (Doing::Freezing, true) => {
-                        next.sides[side].frozen = true;
-                        Event::Frozen(Self::look(side, next.sides[side].settled))
+                        here.frozen = true;
+                        Event::Frozen(Self::look(side, here.settled))
                     }
                     (Doing::Freezing, false) => Event::FreezeFailed(Refusal::FreezeBudget),
                     (Doing::Looking, _) => {
-                        next.sides[side].settled = true;
+                        here.settled = true;
                         Event::Looked(Self::look(side, true))
                     }
                     (Doing::Arming, true) => {
-                        next.sides[side].armed = true;
+                        here.block = Block::AtGate;
                         Event::Armed
                     }
                     (Doing::Arming, false) => Event::ArmFailed(Refusal::InjectionFailed),
-                    (Doing::Installing, _) => Event::Installed,
+                    (Doing::Installing, _) if here.block == (Block::Over { kept: true }) => Event::Installed,
+                    (Doing::Installing, _) => Event::InstallFailed(Refusal::PeerAborted),
                 };
                 self.feed(&mut next, side, event);
             }
@@ -283,33 +321,34 @@ impl Model for Transaction {
                 let message = next.messages[side].remove(0);
                 self.feed(&mut next, side, Event::Peer(message));
             }
-            Step::ReadMark { side } => {
-                let Item::Mark(mark) = next.sides[side].incoming.remove(0) else { return None };
-                next.sides[side].awaiting_mark = false;
-                self.feed(&mut next, side, Event::Mark(mark));
+            Step::ReadCommit { side } => {
+                next.sides[side].words.remove(0);
+                next.sides[side].awaiting_commit = false;
+                self.feed(&mut next, side, Event::Commit);
             }
             Step::SeeEnd { side } => {
-                let here = &mut next.sides[side];
-                let sent = here.awaiting_peer && !here.incoming.is_empty();
-                (here.awaiting_mark, here.awaiting_peer) = (false, false);
-                let event = if sent { Event::Peer(Message::Installed) } else { Event::NewEnded };
-                self.feed(&mut next, side, event);
+                next.sides[side].awaiting_commit = false;
+                self.feed(&mut next, side, Event::WitnessEnded);
             }
             Step::BudgetOver { side } => self.feed(&mut next, side, Event::BudgetOver),
             Step::Cancel { side } => self.feed(&mut next, side, Event::Cancel(Refusal::Stopping)),
             Step::Silence { side } => self.feed(&mut next, side, Event::SilenceOver),
+            Step::Block { side, well } => Self::block_step(&mut next, side, well),
             Step::CutRouters => {
                 next.routers_work = false;
                 next.messages = [vec![], vec![]];
             }
             Step::Kill { side } => {
-                // The kernel detaches every thread; a block before the gate turns back, one after it is through.
+                // The kernel detaches every thread; a block before the gate turns back, one after it goes on.
                 let here = &mut next.sides[side];
                 here.alive = false;
                 here.frozen = false;
-                here.armed = false;
-                here.forwarder_holds_new = false;
+                here.holds_new = false;
+                here.holds_witness = false;
                 here.doing = Doing::Nothing;
+                if here.block == Block::AtGate {
+                    here.block = Block::Over { kept: false };
+                }
                 next.messages[side].clear();
                 next.kills_left -= 1;
             }
@@ -319,84 +358,84 @@ impl Model for Transaction {
 
     fn properties(&self) -> Vec<Property<Self>> {
         fn over(world: &World) -> bool {
-            world.sides.iter().all(|side| !side.alive || side.result.is_some())
+            world.sides.iter().all(Side::is_over)
+        }
+        fn both_on(world: &World, path: Path) -> bool {
+            world.sides.iter().all(|side| side.path == path)
         }
         vec![
             Property::always("no two applications run on different paths", |_, world: &World| {
-                let running = |side: &Side| !side.frozen;
                 let [a, b] = &world.sides;
-                !(running(a) && running(b) && a.path != b.path)
-                    // A block that is through its gate runs ahead of a peer that is bound to follow, or has not begun.
-                    || [a, b].iter().any(|side| !side.alive && side.path == Path::New) && !over(world)
-            }),
-            Property::always("the new socket is held where it is used", |_, world: &World| {
-                world.sides.iter().all(|side| side.path == Path::Old || side.application_holds_new)
-            }),
-            Property::always("no application reads a mark", |_, world: &World| {
-                world.sides.iter().all(|side| {
-                    side.frozen
-                        || side.path == Path::Old
-                        || !side.incoming.iter().any(|i| matches!(i, Item::Mark(_)))
-                })
+                !(a.is_running() && b.is_running()) || a.path == b.path
             }),
             Property::always(
-                "no mark is left on a connection that is used again",
-                |model: &Transaction, world: &World| {
-                    let kept = |side: &Side| side.alive && side.forwarder_holds_new && side.path == Path::Old;
-                    let both = world.sides.iter().all(kept) && over(world);
-                    model.direction == Direction::ToHost
-                        || !both
-                        || world.sides.iter().all(|side| side.incoming.is_empty())
+                "unread bytes are first, once, and with whom they belong",
+                |_, world: &World| {
+                    world.sides.iter().enumerate().all(|(side, here)| {
+                        // Nobody reads or writes on the new connection before they are there.
+                        let there = &world.sides[peer(side)];
+                        let used = here.path == Path::New && here.is_running()
+                            || there.path == Path::New && there.is_running();
+                        if used { here.incoming == unread(side) } else { here.incoming.len() <= 1 }
+                    })
                 },
             ),
-            Property::always("unread bytes are carried once, to whom they belong", |_, world: &World| {
-                world.sides.iter().enumerate().all(|(side, here)| {
-                    let carried: Vec<u8> = here
-                        .incoming
-                        .iter()
-                        .filter_map(|item| match item {
-                            Item::Carried(byte) => Some(*byte),
-                            Item::Mark(_) => None,
-                        })
-                        .collect();
-                    let moved = over(world) && world.sides.iter().all(|side| side.path == Path::New);
-                    if moved {
-                        carried == unread(side)
-                    } else {
-                        carried.is_empty() || carried == unread(side)
-                    }
+            Property::always(
+                "a connection with stray bytes is not kept for another attempt",
+                |_, world: &World| {
+                    let kept = |side: &Side| side.alive && side.holds_new;
+                    let both = over(world) && both_on(world, Path::Old) && world.sides.iter().all(kept);
+                    !both || world.sides.iter().all(|side| side.incoming.is_empty())
+                },
+            ),
+            Property::always("both ends agree when it is over", |_, world: &World| {
+                !over(world) || both_on(world, world.sides[0].path)
+            }),
+            Property::always("what is reported is what is", |_, world: &World| {
+                world.sides.iter().all(|side| match side.result {
+                    Some(Ok(())) => side.path == Path::New,
+                    Some(Err(_)) => side.path == Path::Old,
+                    None => true,
                 })
             }),
-            Property::always("both ends agree when it is over", |_, world: &World| {
-                let [a, b] = &world.sides;
-                !over(world) || a.path == b.path
-            }),
             Property::always("nothing stays frozen when it is over", |_, world: &World| {
-                !over(world) || world.sides.iter().all(|side| !side.frozen)
+                !over(world) || world.sides.iter().all(Side::is_running)
             }),
             Property::eventually("it comes to an end", |_, world: &World| over(world)),
             Property::sometimes("both ends move", |_, world: &World| {
                 world.sides.iter().all(|side| side.result == Some(Ok(())))
             }),
-            Property::sometimes("a killed decider's connection still moves", |_, world: &World| {
-                !world.sides[0].alive && over(world) && world.sides.iter().all(|side| side.path == Path::New)
-            }),
+            Property::sometimes(
+                "a connection moves although both forwarders are killed",
+                |_, world: &World| {
+                    world.sides.iter().all(|side| !side.alive && side.result.is_none())
+                        && over(world)
+                        && both_on(world, Path::New)
+                },
+            ),
             Property::sometimes("it is given up", |_, world: &World| {
                 world.sides.iter().all(|side| matches!(side.result, Some(Err(_))))
+            }),
+            Property::sometimes("the decider's processes go back by themselves", |_, world: &World| {
+                !world.sides[0].alive
+                    && over(world)
+                    && world.sides[0].block == (Block::Over { kept: false })
+                    && world.sides[1].words.contains(&b'C')
             }),
         ]
     }
 }
 
 fn check(direction: Direction) {
-    let model = Transaction { direction, kills: 1 };
-    let checker = model.checker().threads(2).timeout(std::time::Duration::from_secs(120)).spawn_bfs().join();
+    let model = Transaction { direction, kills: 2 };
+    let checker = model.checker().threads(2).timeout(std::time::Duration::from_secs(300)).spawn_bfs().join();
     println!(
-        "{direction:?}: {} states, {} of them different, depth {}, one forwarder killed at any step, routers cut at any step",
+        "{direction:?}: {} states, {} of them different, depth {}, both forwarders killed at any step, routers cut at any step",
         checker.state_count(),
         checker.unique_state_count(),
         checker.max_depth()
     );
+    assert!(checker.is_done(), "not all states were seen in time");
     checker.assert_properties();
 }
 

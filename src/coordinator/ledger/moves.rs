@@ -75,22 +75,24 @@ impl Ledger {
                 Some(Action::Forwarder(Request::Prepare { conn, direction, target }))
             }
             Output::Offer => tell(Message::Offer { attempted, tuple, direction, cause }),
-            Output::Accept if direction == Direction::ToOverlay => {
-                tell(Message::Accept { attempted, path: None })
+            Output::Accept => {
+                let host = (direction == Direction::ToHost).then_some(flow.family());
+                peer.map(|peer| Action::Accept { attempted, host, peer })
             }
-            Output::Accept => peer.map(|peer| Action::Accept { attempted, v6: flow.v6, peer }),
             Output::Begin => tell(Message::Begin { attempted }),
             Output::Refuse(reason) => tell(Message::Refuse { attempted, reason }),
             Output::CancelPeer(reason) => tell(Message::Cancel { attempted, reason }),
-            Output::Connect => match (attempt.negotiation.part, attempt.rendezvous) {
-                (Part::Both, _) => {
+            Output::Connect => match (peer, attempt.rendezvous) {
+                (None, _) => {
                     let mate = self.flows.get(&tuple.reversed());
                     let v6 = [flow.v6, mate.is_some_and(|mate| mate.v6)];
                     Some(Action::ConnectLocal { conn, v6 })
                 }
-                (_, Some(rendezvous)) => Some(Action::Connect { conn, v6: flow.v6, rendezvous }),
-                // Accepted without saying where: nothing will come, and the time runs out.
-                (_, None) => None,
+                (Some(peer), Some(rendezvous)) => {
+                    Some(Action::Connect { conn, family: flow.family(), peer, rendezvous })
+                }
+                // It is made when the peer has accepted, and has said where.
+                (Some(_), None) => None,
             },
             Output::Move(role) => Some(Action::Move { conn, role, names: names(tuple) }),
             Output::MoveLocal => {

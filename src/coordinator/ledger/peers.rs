@@ -80,9 +80,9 @@ impl Ledger {
             Message::Refuse { attempted, reason } => {
                 self.step_peer(peer, attempted, Input::PeerRefuses(reason));
             }
-            Message::Accept { attempted, path } => {
+            Message::Accept { attempted, rendezvous } => {
                 if let Some(attempt) = self.attempt_with(peer, attempted) {
-                    attempt.rendezvous = path;
+                    attempt.rendezvous = Some(rendezvous);
                     self.step_peer(peer, attempted, Input::PeerAccepts);
                 }
             }

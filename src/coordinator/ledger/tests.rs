@@ -6,7 +6,7 @@ use std::collections::{HashSet, VecDeque};
 use super::*;
 use crate::coordinator::{
     flow::Shown,
-    wire::{TOKEN, Token},
+    wire::{Rendezvous, TOKEN, Token},
 };
 
 const HERE: PeerAddress = PeerAddress::V4(std::net::Ipv4Addr::new(10, 244, 1, 0));
@@ -82,8 +82,10 @@ impl World {
             }
             Action::Reach(peer) => self.queue.push_back((host, Event::PeerUp(peer))),
             Action::Accept { attempted, .. } => {
-                let path = Some(("192.0.2.1:5".parse().unwrap(), Token([7; TOKEN])));
-                let message = Message::Accept { attempted, path };
+                let token = Token([7; TOKEN]);
+                let rendezvous =
+                    Rendezvous { host: Some(("192.0.2.1:5".parse().unwrap(), token)), witness: token };
+                let message = Message::Accept { attempted, rendezvous };
                 self.queue.push_back((other, Event::Peer(addresses()[host], message)));
             }
             Action::Connect { conn, .. } => {

@@ -36,7 +36,6 @@ fn check(test: &str, kill: impl Fn(&Scene, &Host) -> Result<()>) -> Result<()> {
 }
 
 #[test]
-#[ignore = "known gap: threads beside the block run when their tracer dies, see ARCHITECTURE.md"]
 fn forwarders_may_be_killed_while_connections_move() -> Result<()> {
     check("kill-forwarders", |_, host| {
         host.kill_forwarder()?;
@@ -45,7 +44,6 @@ fn forwarders_may_be_killed_while_connections_move() -> Result<()> {
 }
 
 #[test]
-#[ignore = "open: once in 61 kills a client's connection was reset, see ARCHITECTURE.md"]
 fn routers_may_be_killed_while_connections_move() -> Result<()> {
     check("kill-routers", |_, host| {
         host.kill_router()?;
@@ -54,7 +52,6 @@ fn routers_may_be_killed_while_connections_move() -> Result<()> {
 }
 
 #[test]
-#[ignore = "known gap: threads beside the block run when their tracer dies, see ARCHITECTURE.md"]
 fn everything_may_be_killed_while_connections_move() -> Result<()> {
     check("kill-everything", |scene, _| {
         for host in scene.lab.hosts() {

@@ -1,0 +1,521 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The table of system calls that a block runs in a process. Pure: what is to be done goes in, calls come out.
+//!
+//! ```text
+//!   socketpair, recvmsg               the new and the old sockets, the gate, and whatever else is lent
+//!   report; gate                      wait here until all processes are decided upon at once
+//!   epoll_ctl DEL, dup3               the new sockets in the places of the old ones
+//!   barrier                           the lead waits until all other processes have done the same
+//!   sendfile                          the lead sends the carried bytes: nobody could write before them
+//!   verdict                           see [`Verdict`]; without a good one, undo: dup3 the old sockets back
+//!   epoll_ctl ADD
+//!   close, "over", report             what was lent goes, the threads in their holds go on
+//! ```
+//! From the gate on, no call needs the forwarder: killed at any moment, every process comes to the same end.
+
+use std::ops::Range;
+
+use crate::{
+    arch::{Call, scratch},
+    process::RemoteFd,
+};
+
+/// Everything that is done to one process, after the gate.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// Registrations to take away before and to make again after.
+    pub watchers: Vec<WatcherPlan>,
+    pub replacements: Vec<Replacement>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WatcherPlan {
+    pub epoll: RemoteFd,
+    pub fd: RemoteFd,
+    pub events: u32,
+    pub data: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Replacement {
+    pub fd: RemoteFd,
+    pub close_on_exec: bool,
+    /// Index of the old socket and of the new one.
+    pub socket: usize,
+}
+
+/// Where the decision comes from that the new sockets stay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// The lead says `C` on the witness, then all wait there for the peer's `I`: the end of the witness without it
+    /// means that the peer has not moved, and never will.
+    FromPeer,
+    /// The lead decides for all processes of this end; then all say `I` on the witness.
+    ToPeer,
+    /// The lead decides, and nobody else needs to know: both ends are in these processes.
+    Own,
+}
+
+/// The words on the witness.
+pub const COMMIT: &[u8; 1] = b"C";
+pub const INSTALLED: &[u8; 1] = b"I";
+
+/// A process's place among those of its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rank {
+    /// Sends the carried bytes and speaks for all.
+    Lead {
+        others: bool,
+    },
+    Other,
+}
+
+/// What is lent to a process, in the order in which it arrives.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lent {
+    /// Pairs of old and new sockets.
+    pub sockets: usize,
+    /// Lengths of the carried bytes (lead only), and the new socket that they go to.
+    pub carried: Vec<(usize, usize)>,
+    /// Is there a barrier, does the lead's verdict go over a socket, is there a witness?
+    pub barrier: bool,
+    pub verdict: bool,
+    pub witness: bool,
+}
+
+impl Lent {
+    pub fn count(&self) -> usize {
+        let flags = [self.barrier, self.verdict, self.witness];
+        // And the gate, which comes last: a process that has too few free descriptors does not pass it.
+        2 * self.sockets + self.carried.len() + flags.iter().filter(|is| **is).count() + 1
+    }
+
+    fn slot(index: usize) -> u64 {
+        scratch::FDS + 4 * index as u64
+    }
+
+    fn new_socket(&self, index: usize) -> u64 {
+        Self::slot(index)
+    }
+
+    fn old_socket(&self, index: usize) -> u64 {
+        Self::slot(self.sockets + index)
+    }
+
+    fn carried_file(&self, index: usize) -> u64 {
+        Self::slot(2 * self.sockets + index)
+    }
+
+    fn barrier(&self) -> u64 {
+        Self::slot(2 * self.sockets + self.carried.len())
+    }
+
+    fn verdict(&self) -> u64 {
+        Self::slot(2 * self.sockets + self.carried.len() + usize::from(self.barrier))
+    }
+
+    fn witness(&self) -> u64 {
+        Self::slot(self.count() - 2)
+    }
+
+    fn gate(&self) -> u64 {
+        Self::slot(self.count() - 1)
+    }
+}
+
+/// The calls, and where in them to look for what came of it.
+#[derive(Debug)]
+pub struct Table {
+    pub calls: Vec<Call>,
+    pub recvmsg: usize,
+    /// Maps the shelter, if one was asked for.
+    pub shelter: Option<usize>,
+    /// Made only if the new sockets stay.
+    pub kept: usize,
+    /// Where the peer's word on the witness is waited for: one byte if it has come.
+    pub word: Option<Range<usize>>,
+    /// Its result is not zero once the process is as it shall be.
+    pub over: usize,
+}
+
+impl Table {
+    /// For scratch memory at `at`. `shelter`: bytes to map for the holds of the other threads, zero if there are enough.
+    pub fn new(at: u64, plan: &Plan, rank: Rank, verdict: Verdict, lent: &Lent, shelter: usize) -> Table {
+        let (mut draft, undo, clean, end, kept) =
+            (Draft::default(), Label::new(0), Label::new(1), Label::new(2), Label::new(3));
+        let peek = |fd, flags: i32| {
+            let flags = (libc::MSG_PEEK | flags) as u64;
+            Call::new(libc::SYS_recvfrom, &[0, at + scratch::BYTE, 1, flags, 0, 0])
+                .indirect(0, fd)
+                .at_least(1)
+        };
+        let say = |fd, word: u64| {
+            let flags = (libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) as u64;
+            Call::new(libc::SYS_sendto, &[0, at + word, 1, flags, 0, 0]).indirect(0, fd).at_least(1)
+        };
+        let report = || {
+            Call::new(libc::SYS_sendto, &[0, at, LENGTH_TO_COME, libc::MSG_NOSIGNAL as u64, 0, 0])
+                .indirect(0, scratch::PAIR)
+                .at_least(0)
+        };
+        let close = |fd| Call::new(libc::SYS_close, &[0]).indirect(0, fd);
+        let mark = || Call::new(libc::SYS_getpid, &[]);
+
+        let seqpacket = (libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC) as u64;
+        let pair = [libc::AF_UNIX as u64, seqpacket, 0, at + scratch::PAIR];
+        draft.call(Call::new(libc::SYS_socketpair, &pair).at_least(0)).or(end);
+        draft.call(close(scratch::PAIR + 4));
+        let shelter = (shelter > 0).then(|| {
+            let (access, kind) = (libc::PROT_READ | libc::PROT_EXEC, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+            let map = [0, shelter as u64, access as u64, kind as u64, u64::MAX, 0];
+            draft.call(Call::new(libc::SYS_mmap, &map).at_least(0)).or(clean).index
+        });
+        let receive = [0, at + scratch::MSGHDR, libc::MSG_CMSG_CLOEXEC as u64];
+        let recvmsg = Call::new(libc::SYS_recvmsg, &receive).indirect(0, scratch::PAIR).at_least(1);
+        let recvmsg = draft.call(recvmsg).or(clean).index;
+        draft.call(report()).or(clean);
+        draft.call(peek(lent.gate(), 0)).or(clean);
+
+        for watcher in &plan.watchers {
+            let (epoll, fd) = (watcher.epoll.0 as u64, watcher.fd.0 as u64);
+            draft.call(Call::new(libc::SYS_epoll_ctl, &[epoll, libc::EPOLL_CTL_DEL as u64, fd, 0]));
+        }
+        let put = |replacement: &Replacement, socket: u64| {
+            let flags = if replacement.close_on_exec { libc::O_CLOEXEC as u64 } else { 0 };
+            Call::new(libc::SYS_dup3, &[0, replacement.fd.0 as u64, flags]).indirect(0, socket).at_least(0)
+        };
+        for replacement in &plan.replacements {
+            draft.call(put(replacement, lent.new_socket(replacement.socket))).or(undo);
+        }
+        match rank {
+            Rank::Other => {
+                draft.call(close(lent.barrier()));
+            }
+            Rank::Lead { others: true } => {
+                // The end: all the others have closed it, or are dead. A word: one of them could not.
+                draft.call(peek(lent.barrier(), 0).at_least(0)).or(undo);
+                draft.call(peek(lent.barrier(), libc::MSG_DONTWAIT)).then(undo);
+            }
+            Rank::Lead { others: false } => {}
+        }
+        for (index, (length, socket)) in lent.carried.iter().enumerate() {
+            // Until the memory file is at its end. The exact length: a larger one would make sendfile(2) say
+            // MSG_MORE, and TCP keep the last segment back for 200 ms.
+            let (to, from) = (lent.new_socket(*socket), lent.carried_file(index));
+            let send = Call::new(libc::SYS_sendfile, &[0, 0, 0, *length as u64]);
+            let send = send.indirect(0, to).indirect(1, from);
+            draft.call(send.at_least(1)).then_again();
+            draft.call(send.at_least(0)).or(undo);
+        }
+        let word = draft.verdict(rank, verdict, lent, (undo, kept), &peek, &say);
+
+        draft.place(undo);
+        if lent.witness {
+            // For all other processes of this end, and for the peer.
+            let both = libc::SHUT_RDWR as u64;
+            draft.call(Call::new(libc::SYS_shutdown, &[0, both]).indirect(0, lent.witness()));
+        }
+        if rank == Rank::Other {
+            draft.call(say(lent.barrier(), scratch::WORDS));
+        }
+        for replacement in &plan.replacements {
+            draft.call(put(replacement, lent.old_socket(replacement.socket)));
+        }
+        let rearm = Label::new(4);
+        draft.call(mark()).then(rearm);
+        draft.place(kept);
+        let kept = draft.call(mark()).index;
+        draft.place(rearm);
+        for (index, watcher) in plan.watchers.iter().enumerate() {
+            let (epoll, fd) = (watcher.epoll.0 as u64, watcher.fd.0 as u64);
+            let event = at + scratch::EVENTS + 12 * index as u64;
+            draft.call(Call::new(libc::SYS_epoll_ctl, &[epoll, libc::EPOLL_CTL_ADD as u64, fd, event]));
+        }
+
+        draft.place(clean);
+        for index in 0..lent.count() {
+            draft.call(close(Lent::slot(index)));
+        }
+        let over = draft.call(mark()).index;
+        let wake = libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG;
+        draft.call(Call::new(libc::SYS_futex, &[at + result_at(over), wake as u64, i32::MAX as u64]));
+        draft.call(report());
+        draft.call(close(scratch::PAIR));
+        draft.place(end);
+        Table { calls: draft.finish(), recvmsg, shelter, kept, word, over }
+    }
+}
+
+/// Where in the scratch memory the result of a call is.
+pub fn result_at(call: usize) -> u64 {
+    scratch::CALLS + (call * size_of::<Call>() + std::mem::offset_of!(Call, result)) as u64
+}
+
+/// Stands for the length of a report until the table is complete.
+const LENGTH_TO_COME: u64 = u64::MAX;
+
+/// A place in the table that calls go on to.
+#[derive(Clone, Copy)]
+struct Label(usize);
+
+impl Label {
+    const fn new(number: usize) -> Label {
+        Label(number)
+    }
+}
+
+/// A table in the making: labels are not places yet.
+#[derive(Default)]
+struct Draft {
+    calls: Vec<Call>,
+    places: [usize; 5],
+    failures: Vec<(usize, Label)>,
+    successes: Vec<(usize, Label)>,
+}
+
+/// A call that was just added.
+struct Added<'a> {
+    draft: &'a mut Draft,
+    index: usize,
+}
+
+impl Added<'_> {
+    /// Where to go when the call fails.
+    fn or(self, label: Label) -> Self {
+        self.draft.failures.push((self.index, label));
+        self
+    }
+
+    /// Where to go when it succeeds.
+    fn then(self, label: Label) -> Self {
+        self.draft.successes.push((self.index, label));
+        self
+    }
+
+    fn then_again(self) {
+        self.draft.calls[self.index].on_success = self.index as u16 + 1;
+    }
+}
+
+impl Draft {
+    fn call(&mut self, call: Call) -> Added<'_> {
+        self.calls.push(call);
+        Added { index: self.calls.len() - 1, draft: self }
+    }
+
+    fn place(&mut self, label: Label) {
+        self.places[label.0] = self.calls.len();
+    }
+
+    /// Come to the verdict: go on to `kept`, or fall through to `undo`, which follows.
+    fn verdict(
+        &mut self,
+        rank: Rank,
+        verdict: Verdict,
+        lent: &Lent,
+        (undo, kept): (Label, Label),
+        peek: &impl Fn(u64, i32) -> Call,
+        say: &impl Fn(u64, u64) -> Call,
+    ) -> Option<Range<usize>> {
+        const COMMIT_WORD: u64 = scratch::WORDS;
+        const INSTALLED_WORD: u64 = scratch::WORDS + 1;
+        if verdict == Verdict::FromPeer {
+            if rank != Rank::Other {
+                self.call(say(lent.witness(), COMMIT_WORD)).or(undo);
+            }
+            let first = self.calls.len();
+            // Twice: SIGSTOP ends a wait that has a time-out.
+            self.call(peek(lent.witness(), 0)).then(kept);
+            self.call(peek(lent.witness(), 0)).then(kept);
+            // Nothing within the time set on the witness, and not its end either: the hosts cannot reach each other. The
+            // peer was told to move, and nothing says that it has not.
+            self.call(peek(lent.witness(), libc::MSG_DONTWAIT).at_least(0)).or(kept);
+            self.call(peek(lent.witness(), libc::MSG_DONTWAIT)).then(kept);
+            return Some(first..self.calls.len());
+        }
+        match rank {
+            Rank::Lead { others: true } => {
+                self.call(say(lent.verdict(), COMMIT_WORD)).or(undo);
+            }
+            Rank::Lead { others: false } => {}
+            Rank::Other => {
+                self.call(peek(lent.verdict(), 0)).or(undo);
+            }
+        }
+        let last = match verdict {
+            // Said by every process: one that is killed now has not moved in vain. (An error: the peer is dead.)
+            Verdict::ToPeer => say(lent.witness(), INSTALLED_WORD).at_least(i64::MIN),
+            Verdict::FromPeer | Verdict::Own => Call::new(libc::SYS_getpid, &[]),
+        };
+        self.call(last).then(kept);
+        None
+    }
+
+    fn finish(mut self) -> Vec<Call> {
+        for (call, label) in self.failures {
+            self.calls[call].on_failure = self.places[label.0] as u16 + 1;
+        }
+        for (call, label) in self.successes {
+            self.calls[call].on_success = self.places[label.0] as u16 + 1;
+        }
+        let length = scratch::CALLS + (self.calls.len() * size_of::<Call>()) as u64;
+        for call in &mut self.calls {
+            if call.args[2] == LENGTH_TO_COME {
+                call.args[2] = length;
+            }
+        }
+        self.calls
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WATCHED: WatcherPlan = WatcherPlan { epoll: RemoteFd(9), fd: RemoteFd(5), events: 1, data: 7 };
+
+    /// Descriptors of the slots, in their order.
+    const NEW: u64 = 0;
+    const OLD: u64 = 1;
+
+    fn table(rank: Rank, verdict: Verdict) -> (Table, Lent) {
+        let plan = Plan {
+            watchers: vec![WATCHED],
+            replacements: vec![Replacement { fd: RemoteFd(5), close_on_exec: false, socket: 0 }],
+        };
+        let others = rank != Rank::Lead { others: false };
+        let lent = Lent {
+            sockets: 1,
+            carried: if rank == Rank::Other { vec![] } else { vec![(3, 0)] },
+            barrier: others,
+            verdict: others && verdict != Verdict::FromPeer,
+            witness: verdict != Verdict::Own,
+        };
+        (Table::new(0x1000, &plan, rank, verdict, &lent, 0), lent)
+    }
+
+    /// What a block would do if its calls came to what `result` says: the calls made, as (number, first argument).
+    fn run(table: &Table, result: impl Fn(i64, u64) -> i64) -> Vec<(i64, u64)> {
+        let (mut made, mut at) = (Vec::new(), 0);
+        while let Some(call) = table.calls.get(at) {
+            let number = i64::from(call.number_plus_one) - 1;
+            assert!(made.len() < 1000, "it never ends");
+            let result = if number == libc::SYS_sendfile && made.last() == Some(&(number, call.args[0])) {
+                0
+            } else {
+                result(number, call.args[0])
+            };
+            made.push((number, call.args[0]));
+            let next = if result < call.least { call.on_failure } else { call.on_success };
+            at = if next == 0 { at + 1 } else { usize::from(next) - 1 };
+        }
+        made
+    }
+
+    /// Everything works, and everybody says the best.
+    fn well(lent: &Lent) -> impl Fn(i64, u64) -> i64 {
+        let barrier = lent.barrier.then(|| lent.barrier());
+        move |number, first| if number == libc::SYS_recvfrom && Some(first) == barrier { 0 } else { 1 }
+    }
+
+    fn position(made: &[(i64, u64)], call: (i64, u64)) -> Option<usize> {
+        made.iter().position(|made| *made == call)
+    }
+
+    const ALL: [(Rank, Verdict); 9] = {
+        let (alone, lead) = (Rank::Lead { others: false }, Rank::Lead { others: true });
+        [
+            (alone, Verdict::FromPeer),
+            (lead, Verdict::FromPeer),
+            (Rank::Other, Verdict::FromPeer),
+            (alone, Verdict::ToPeer),
+            (lead, Verdict::ToPeer),
+            (Rank::Other, Verdict::ToPeer),
+            (alone, Verdict::Own),
+            (lead, Verdict::Own),
+            (Rank::Other, Verdict::Own),
+        ]
+    };
+
+    #[test]
+    fn every_block_keeps_the_new_sockets_when_all_is_well_and_closes_what_was_lent() {
+        for (rank, verdict) in ALL {
+            let (table, lent) = table(rank, verdict);
+            let made = run(&table, well(&lent));
+            let puts = made.iter().filter(|(number, _)| *number == libc::SYS_dup3).collect::<Vec<_>>();
+            assert_eq!(puts, [&(libc::SYS_dup3, Lent::slot(NEW as usize))], "{rank:?} {verdict:?}");
+            for index in 0..lent.count() {
+                assert!(made.contains(&(libc::SYS_close, Lent::slot(index))), "{rank:?} {verdict:?} {index}");
+            }
+            assert_eq!(made.last(), Some(&(libc::SYS_close, scratch::PAIR)));
+        }
+    }
+
+    #[test]
+    fn a_closed_gate_leaves_every_descriptor_alone() {
+        for (rank, verdict) in ALL {
+            let (table, lent) = table(rank, verdict);
+            let gate = lent.gate();
+            let made =
+                run(&table, |number, first| i64::from(!(number == libc::SYS_recvfrom && first == gate)));
+            let touched = [libc::SYS_dup3, libc::SYS_epoll_ctl, libc::SYS_sendfile, libc::SYS_shutdown];
+            assert!(!made.iter().any(|(number, _)| touched.contains(number)), "{rank:?} {verdict:?}");
+            assert!(made.contains(&(libc::SYS_futex, 0x1000 + result_at(table.over))));
+        }
+    }
+
+    #[test]
+    fn a_witness_that_ends_brings_the_old_sockets_back_and_their_registrations() {
+        for rank in [Rank::Lead { others: false }, Rank::Lead { others: true }, Rank::Other] {
+            let (table, lent) = table(rank, Verdict::FromPeer);
+            let (witness, well) = (lent.witness(), well(&lent));
+            let made = run(&table, |number, first| {
+                if number == libc::SYS_recvfrom && first == witness { 0 } else { well(number, first) }
+            });
+            let puts: Vec<u64> =
+                made.iter().filter(|(number, _)| *number == libc::SYS_dup3).map(|(_, from)| *from).collect();
+            assert_eq!(puts, [NEW, OLD].map(|slot| Lent::slot(slot as usize)), "{rank:?}");
+            let registrations = made.iter().filter(|(number, _)| *number == libc::SYS_epoll_ctl).count();
+            assert_eq!(registrations, 2);
+        }
+    }
+
+    #[test]
+    fn a_silent_witness_is_no_reason_to_go_back() {
+        let (table, lent) = table(Rank::Lead { others: false }, Verdict::FromPeer);
+        let witness = lent.witness();
+        let silent = |number, first| {
+            if number == libc::SYS_recvfrom && first == witness { -i64::from(libc::EAGAIN) } else { 1 }
+        };
+        let made = run(&table, silent);
+        assert_eq!(made.iter().filter(|(number, _)| *number == libc::SYS_dup3).count(), 1);
+    }
+
+    #[test]
+    fn a_descriptor_that_cannot_be_replaced_tells_the_other_processes_and_the_peer() {
+        let (table, lent) = table(Rank::Other, Verdict::ToPeer);
+        let made = run(&table, |number, _| if number == libc::SYS_dup3 { -1 } else { 1 });
+        assert!(made.contains(&(libc::SYS_shutdown, lent.witness())));
+        assert!(made.contains(&(libc::SYS_sendto, lent.barrier())));
+        assert!(!made.contains(&(libc::SYS_sendto, lent.witness())));
+    }
+
+    #[test]
+    fn a_lead_sends_the_carried_bytes_when_all_have_replaced_and_speaks_only_then() {
+        for verdict in [Verdict::FromPeer, Verdict::ToPeer] {
+            let (table, lent) = table(Rank::Lead { others: true }, verdict);
+            let made = run(&table, well(&lent));
+            let places = [
+                (libc::SYS_dup3, Lent::slot(NEW as usize)),
+                (libc::SYS_recvfrom, lent.barrier()),
+                (libc::SYS_sendfile, Lent::slot(NEW as usize)),
+                (libc::SYS_sendto, lent.witness()),
+            ]
+            .map(|call| position(&made, call));
+            assert!(places.iter().all(Option::is_some) && places.is_sorted(), "{verdict:?} {places:?}");
+            // One that could not: nothing is sent.
+            let made = run(&table, |_, _| 1);
+            assert_eq!(position(&made, (libc::SYS_sendfile, Lent::slot(NEW as usize))), None);
+        }
+    }
+}
