@@ -9,6 +9,7 @@
 mod known;
 mod moves;
 mod peers;
+mod stalls;
 #[cfg(test)]
 mod tests;
 mod wants;
@@ -78,6 +79,8 @@ pub enum Event {
     Parked(Vec<Restored>),
     /// The host socket of this swap has left ESTABLISHED.
     HostSocketClosed(u64),
+    /// The swaps whose host sockets get nothing through now, all of them, and the bytes that wait there.
+    Stalled(HashMap<u64, u32>),
     ForwarderUp,
     ForwarderDown,
     Prepared(ConnId),
@@ -142,6 +145,11 @@ pub enum Action {
     /// An order is done, or cannot be.
     Answer(Tuple, Result<u64, Refusal>),
     /// For the log.
+    ReportStall {
+        conn: ConnId,
+        tuple: Tuple,
+        unacknowledged_bytes: u32,
+    },
     Report {
         conn: ConnId,
         tuple: Tuple,
@@ -204,6 +212,7 @@ impl Ledger {
             Event::Scanned { began, sockets } => self.scanned(began, &sockets),
             Event::Parked(parked) => self.parked(parked),
             Event::HostSocketClosed(swap) => self.host_socket_closed(swap),
+            Event::Stalled(swaps) => self.stalled(&swaps),
             Event::ForwarderUp => {
                 self.forwarder_is_up = true;
                 self.consider_all();

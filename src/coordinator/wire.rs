@@ -11,7 +11,7 @@ use forwarder_api::{ConnId, Direction, MAX_UNREAD_BYTES, Refusal};
 use serde::{Deserialize, Serialize};
 
 /// Bumped with every change of [`Message`], and of what the forwarders say through it.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 pub const PREAMBLE: usize = 8;
 /// The longest frame body, in bytes: a relayed message with all the unread bytes allowed, and room for its head.
 pub const MAX_FRAME: usize = MAX_UNREAD_BYTES + (1 << 20);
@@ -113,6 +113,8 @@ pub enum Cause {
     Order,
     /// A router stops.
     Stop,
+    /// The host path carries nothing any more.
+    HostPath,
 }
 
 /// Why bytes are not what a router says.
@@ -188,7 +190,7 @@ mod tests {
         let attempted = Attempted { conn: ConnId(7), number: 9 };
         vec![
             Message::Know { tuple, declined: Some(Refusal::NoRuleMatches), answer: true },
-            Message::Ask { tuple, direction: Direction::ToOverlay, cause: Cause::Stop },
+            Message::Ask { tuple, direction: Direction::ToOverlay, cause: Cause::HostPath },
             Message::Offer { attempted, tuple: tuple.reversed(), direction, cause: Cause::Rules },
             Message::Refuse { attempted, reason: Refusal::IoUring },
             Message::Accept { attempted, path: Some((tuple.local, Token([3; TOKEN]))) },
