@@ -213,7 +213,9 @@ impl Ledger {
         flow.failures += 1;
         let doubled = FIRST_RETRY.saturating_mul(1 << flow.failures.min(12)).min(LAST_RETRY);
         let ordered = flow.order;
-        let retry = if ordered.is_some() { doubled.min(ORDER_RETRY) } else { doubled };
+        // Nobody waits for the answer where the host path has failed.
+        let waited_for = ordered.is_some_and(|order| order.cause != Cause::HostPath);
+        let retry = if waited_for { doubled.min(ORDER_RETRY) } else { doubled };
         // Two hosts that refuse each other must not come back at the same times for ever.
         let at = self.now + retry.mul_f64(1.0 + (self.number() % 256) as f64 / 512.0);
         if ordered.is_some_and(|order| !reason.is_passing() || at >= order.until) {

@@ -8,12 +8,14 @@ use std::{
 
 use forwarder_api::{Direction, Refusal};
 
-use super::{Action, Cause, Flow, Home, Ledger, ORDER, Path, Tuple};
+use super::{Action, Cause, Flow, Home, Ledger, PURSUIT, Path, Tuple};
 
 /// How long a connection stays off the host network that has failed it: doubled each time, from the first to the
 /// last. One that was carried for longer than the last begins anew.
 const FIRST_BACKOFF: Duration = Duration::from_secs(30);
 const LAST_BACKOFF: Duration = Duration::from_secs(600);
+/// How soon the way back is tried anew after it was refused for good.
+const PURSUE_AGAIN: Duration = Duration::from_secs(5);
 
 impl Ledger {
     /// `swaps` are all that are stalled now, with the bytes that wait at each: the others are carried.
@@ -38,7 +40,7 @@ impl Ledger {
         if on_host.stalled.is_some_and(|retry| retry > self.now) {
             return;
         }
-        let is_new = on_host.stalled.replace(self.now + ORDER).is_none();
+        let is_new = on_host.stalled.replace(self.now + PURSUE_AGAIN).is_none();
         let (conn, home, way_back) = (flow.conn, flow.home, on_host.way_back);
         // Whoever has ordered a move wants it back as well, or is answered at once.
         let has_order = flow.order.is_some();
@@ -51,7 +53,7 @@ impl Ledger {
             _ if !way_back => self.refuse(tuple, Refusal::NotParked),
             Home::Peer(peer) if !self.is_up(peer) => self.refuse(tuple, Refusal::PeerUnreachable),
             Home::Peer(_) | Home::SameHost | Home::Nowhere(_) => {
-                self.order(tuple, Direction::ToOverlay, Cause::HostPath, ORDER);
+                self.order(tuple, Direction::ToOverlay, Cause::HostPath, PURSUIT);
             }
         }
     }

@@ -462,7 +462,7 @@ fn a_stalled_connection_whose_peer_is_gone_stays_and_says_so() {
     let text = view.reason_text.unwrap();
     assert!(text.contains(Refusal::PeerUnreachable.sentence()), "{text}");
     world.at(0, Event::PeerUp(THERE));
-    world.wait(ORDER);
+    world.wait(Duration::from_secs(5));
     stall(&mut world, 0);
     world.expect_all(Shown::Overlay);
 }
@@ -488,4 +488,18 @@ fn a_stalled_connection_within_one_host_goes_back() {
     let back =
         |view: &FlowView| view.path == Shown::Overlay && view.reason.as_deref() == Some("host_path_stalled");
     assert!(views.iter().all(back), "{views:?}");
+}
+
+#[test]
+fn the_way_back_of_a_stalled_connection_is_tried_later_and_later() {
+    for host in [0, 1] {
+        let mut world = World::swapped();
+        world.refusals[0].extend([Refusal::NotSettled; 1000]);
+        for _ in 0..100 {
+            stall(&mut world, host);
+            world.wait(Duration::from_millis(300));
+        }
+        let tries = 1000 - world.refusals[0].len();
+        assert!((8..25).contains(&tries), "{tries} tries in 30 s, noticed by {host}");
+    }
 }

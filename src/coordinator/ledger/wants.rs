@@ -41,7 +41,11 @@ impl Ledger {
         if direction == Direction::ToHost && self.stopping.is_some() {
             return self.act(Action::Answer(tuple, Err(Refusal::Stopping)));
         }
-        flow.order = Some(Order { direction, cause, until });
+        let given = flow.order.replace(Order { direction, cause, until });
+        if given.is_some_and(|order| order.direction == direction && order.cause == cause) {
+            // It is pursued already.
+            return;
+        }
         flow.failures = 0;
         if flow.attempt.is_none() {
             self.clear_alarm(tuple);
