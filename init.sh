@@ -7,7 +7,7 @@ set -euo pipefail
 packages=(
     clang llvm libelf-dev zlib1g-dev pkg-config gcc libc6-dev make # the programs and their BPF
     bpftool                                                      # vmlinux.h, and looking at what was loaded
-    iproute2 procps util-linux                                   # the lab
+    iproute2 procps util-linux nftables                          # the lab
     iperf3 sockperf                                              # the benchmark
     qemu-system-x86 busybox-static cpio jq                       # the second kernel
 )

@@ -53,12 +53,15 @@ use crate::{
     identity::Identity,
     peers::PeerAddress,
     settings::Settings,
+    stall::{Sample, Watch},
     trace::{Scope, TraceEvent, Tracer},
 };
 
 /// Between two looks at rules that may have changed, and at connections that may be over.
 const RULES: Duration = Duration::from_secs(2);
 const SCAN: Duration = Duration::from_secs(30);
+/// Between two looks at the host sockets: short beside the 0.6 s after which a socket counts as stalled.
+const WATCH: Duration = Duration::from_millis(300);
 /// How long `router flows` waits for a scan before it shows what is known.
 const FRESH: Duration = Duration::from_secs(1);
 /// How long a stop waits at most: the ledger gives its orders up earlier.
@@ -104,6 +107,7 @@ pub struct Parts {
     pub identity: Identity,
     pub scope: Scope,
     pub tracer: Tracer,
+    pub watch: Watch,
 }
 
 /// What the coordinator hears, besides what it opens itself.
@@ -175,9 +179,10 @@ pub async fn run(parts: Parts, mut inlets: Inlets) -> anyhow::Result<()> {
     let doors = session::Doors { events: to_sessions, expected, arrived: to_arrived };
     tokio::spawn(session::hear(inlets.peers, doors));
     tokio::spawn(crate::forwarder::reach(coordinator.parts.settings.forwarder.clone(), to_forwarder));
-    let (mut rules, mut scan) = (interval(RULES), interval(SCAN));
-    rules.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    scan.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let (mut rules, mut scan, mut watch) = (interval(RULES), interval(SCAN), interval(WATCH));
+    for ticks in [&mut rules, &mut scan, &mut watch] {
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    }
     let mut stop_by = None;
     loop {
         let alarm = coordinator.ledger.alarm().or(stop_by);
@@ -191,6 +196,7 @@ pub async fn run(parts: Parts, mut inlets: Inlets) -> anyhow::Result<()> {
             () = at(alarm) => coordinator.handle(Event::Alarm).await,
             _ = rules.tick() => coordinator.look_at_rules().await,
             _ = scan.tick() => drop(coordinator.scan()),
+            _ = watch.tick() => coordinator.watch().await,
             _ = terminate.recv(), if stop_by.is_none() => stop_by = Some(coordinator.stop(leave).await),
             _ = interrupt.recv(), if stop_by.is_none() => stop_by = Some(coordinator.stop(leave).await),
         }
@@ -401,6 +407,21 @@ impl Coordinator {
             for (tuple, declined) in verdicts {
                 self.handle(Event::Verdict(tuple, declined)).await;
             }
+        }
+    }
+
+    /// Is the host path of every swapped connection alive?
+    async fn watch(&mut self) {
+        if self.ledger.swapped() == 0 {
+            return;
+        }
+        match self.parts.watch.look() {
+            Ok(samples) => {
+                let stalled = samples.into_iter().filter(Sample::is_stalled);
+                let stalled = stalled.map(|sample| (sample.swap, sample.unacknowledged_bytes)).collect();
+                self.handle(Event::Stalled(stalled)).await;
+            }
+            Err(error) => log::warn!("{error}"),
         }
     }
 

@@ -12,6 +12,7 @@ mod identity;
 mod peers;
 mod rules;
 mod settings;
+mod stall;
 mod trace;
 mod workload;
 
@@ -27,6 +28,7 @@ use identity::Identity;
 use peers::{Interfaces, Peers};
 use rules::RuleSet;
 use settings::{Arguments, Command, Settings};
+use stall::Watch;
 use trace::{Scope, TraceEvent, Tracer};
 use workload::StaticWorkloads;
 
@@ -96,6 +98,7 @@ async fn run(settings: Settings) -> Result<()> {
     let identity = Identity::attach(&scope_path, &settings.pins)?;
     let (traced, from_trace) = mpsc::channel(TRACED);
     let tracer = Tracer::start(&scope, &identity, traced)?;
+    let watch = Watch::start(&identity)?;
     let (wishes, from_control) = mpsc::channel(WISHES);
     log::info!(
         "tracing by {} in {}, {} rules, routers on port {}, commands at {}",
@@ -107,7 +110,7 @@ async fn run(settings: Settings) -> Result<()> {
     );
     let lookup = Lookup::new(netlink, interfaces, peers, Box::new(workloads), rules)?;
     let serving = tokio::spawn(control.serve(wishes));
-    let parts = Parts { settings, host_address, lookup, identity, scope, tracer };
+    let parts = Parts { settings, host_address, lookup, identity, scope, tracer, watch };
     let inlets = Inlets { traced: from_trace, peers: listener, wishes: from_control };
     let result = coordinator::run(parts, inlets).await;
     // Its socket goes with it.

@@ -73,6 +73,11 @@ impl Coordinator {
                     let _ = waiting.send(result);
                 }
             }
+            Action::ReportStall { conn, tuple, unacknowledged_bytes } => log::warn!(
+                "{conn} {} - {}: the host network stopped carrying it, {unacknowledged_bytes} bytes unacknowledged; it goes back to the overlay",
+                tuple.local,
+                tuple.remote
+            ),
             Action::Report { conn, tuple, direction, result } => report(conn, tuple, direction, &result),
         }
     }

@@ -38,6 +38,8 @@ pub struct OnHost {
     pub moved: Moved,
     /// The forwarder keeps the overlay socket.
     pub way_back: bool,
+    /// Nothing gets through, and at this time the way back is tried again.
+    pub stalled: Option<Instant>,
 }
 
 /// What the other end's router has said.
@@ -93,6 +95,9 @@ pub struct Flow {
     pub order: Option<Order>,
     /// Refusals in a row.
     pub failures: u32,
+    /// How often in a row the host path has failed it, and until when it is not swapped for that.
+    pub stalls: u32,
+    pub avoids_host_until: Option<Instant>,
     /// When to look at it again.
     pub alarm: Option<Instant>,
     pub since: Instant,
@@ -142,6 +147,8 @@ impl Flow {
             attempt: None,
             order: None,
             failures: 0,
+            stalls: 0,
+            avoids_host_until: None,
             alarm: None,
             since: now,
             changed: now,
@@ -191,6 +198,23 @@ impl Flow {
         }
     }
 
+    /// A stall stays the reason while going back from it is refused for another.
+    fn shown_reason(&self) -> Option<Refusal> {
+        self.is_stalled().then_some(Refusal::HostPathStalled).or(self.reason)
+    }
+
+    fn reason_text(&self) -> Option<String> {
+        let shown = self.shown_reason()?;
+        Some(match self.reason {
+            Some(reason) if reason != shown => format!("{shown}; it cannot go back now: {reason}"),
+            Some(_) | None => shown.to_string(),
+        })
+    }
+
+    pub fn is_stalled(&self) -> bool {
+        self.on_host().is_some_and(|on_host| on_host.stalled.is_some())
+    }
+
     pub fn view(&self, now: Instant) -> FlowView {
         let moved = self.on_host().map(|on_host| &on_host.moved);
         let moving = self.attempt.as_ref().is_some_and(|attempt| attempt.negotiation.is_moving());
@@ -215,8 +239,8 @@ impl Flow {
             install_us: moved.map(|moved| moved.install_us),
             unread_bytes: moved.map(|moved| moved.unread_bytes),
             way_back: self.on_host().map(|on_host| on_host.way_back),
-            reason: self.reason.map(Refusal::label).map(str::to_owned),
-            reason_text: self.reason.map(Refusal::sentence).map(str::to_owned),
+            reason: self.shown_reason().map(Refusal::label).map(str::to_owned),
+            reason_text: self.reason_text(),
         }
     }
 }

@@ -9,6 +9,7 @@
 mod known;
 mod moves;
 mod peers;
+mod stalls;
 #[cfg(test)]
 mod tests;
 mod wants;
@@ -35,7 +36,9 @@ const STEP: Duration = Duration::from_secs(3);
 /// How long an order is pursued; one to stop longer, because nobody will ask again.
 const ORDER: Duration = Duration::from_secs(5);
 const STOP: Duration = Duration::from_secs(10);
-/// Between two tries: doubled from the first to the last. Orders do not wait longer than `ORDER_RETRY`.
+/// One to leave a host path that has failed: tried later and later, because each try stops programs in vain.
+const PURSUIT: Duration = Duration::from_secs(60);
+/// Between two tries: doubled from the first to the last. Other orders do not wait longer than `ORDER_RETRY`.
 const FIRST_RETRY: Duration = Duration::from_millis(20);
 const LAST_RETRY: Duration = Duration::from_secs(5);
 const ORDER_RETRY: Duration = Duration::from_millis(100);
@@ -79,6 +82,8 @@ pub enum Event {
     Parked(Vec<Restored>),
     /// The host socket of this swap has left ESTABLISHED.
     HostSocketClosed(u64),
+    /// The swaps whose host sockets get nothing through now, all of them, and the bytes that wait there.
+    Stalled(HashMap<u64, u32>),
     ForwarderUp,
     ForwarderDown,
     Prepared(ConnId),
@@ -145,6 +150,11 @@ pub enum Action {
     /// An order is done, or cannot be.
     Answer(Tuple, Result<u64, Refusal>),
     /// For the log.
+    ReportStall {
+        conn: ConnId,
+        tuple: Tuple,
+        unacknowledged_bytes: u32,
+    },
     Report {
         conn: ConnId,
         tuple: Tuple,
@@ -207,6 +217,7 @@ impl Ledger {
             Event::Scanned { began, sockets } => self.scanned(began, &sockets),
             Event::Parked(parked) => self.parked(parked),
             Event::HostSocketClosed(swap) => self.host_socket_closed(swap),
+            Event::Stalled(swaps) => self.stalled(&swaps),
             Event::ForwarderUp => {
                 self.forwarder_is_up = true;
                 self.consider_all();

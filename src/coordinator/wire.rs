@@ -130,6 +130,8 @@ pub enum Cause {
     Order,
     /// A router stops.
     Stop,
+    /// The host path carries nothing any more.
+    HostPath,
 }
 
 /// Why bytes are not what a router says.
@@ -211,7 +213,7 @@ mod tests {
         let token = Token([3; TOKEN]);
         vec![
             Message::Know { tuple, declined: Some(Refusal::NoRuleMatches), answer: true },
-            Message::Ask { tuple, direction: Direction::ToOverlay, cause: Cause::Stop },
+            Message::Ask { tuple, direction: Direction::ToOverlay, cause: Cause::HostPath },
             Message::Offer { attempted, tuple: tuple.reversed(), direction, cause: Cause::Rules },
             Message::Refuse { attempted, reason: Refusal::IoUring },
             Message::Accept {

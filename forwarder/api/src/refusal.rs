@@ -13,6 +13,7 @@ pub enum Refusal {
     PeerUnknown,
     PeerGone,
     HostPathFailed,
+    HostPathStalled,
     ForwarderGone,
     Stopping,
     SwappedBack,
@@ -53,7 +54,7 @@ pub enum Refusal {
 
 impl Refusal {
     /// Every variant, in the order of the enum.
-    pub const ALL: [Refusal; 42] = {
+    pub const ALL: [Refusal; 43] = {
         use Refusal::*;
         [
             NoRuleMatches,
@@ -64,6 +65,7 @@ impl Refusal {
             PeerUnknown,
             PeerGone,
             HostPathFailed,
+            HostPathStalled,
             ForwarderGone,
             Stopping,
             SwappedBack,
@@ -130,6 +132,7 @@ impl Refusal {
                 | UnfinishedCall
                 | UnseenReference
                 | HostPathFailed
+                | HostPathStalled
                 | HolderTraced
                 | HolderStopped
                 | UrgentData
@@ -154,6 +157,7 @@ impl Refusal {
             HostPathFailed => {
                 ("host_path_failed", "the connection between the hosts could not be made or was lost")
             }
+            HostPathStalled => ("host_path_stalled", "the host network stopped carrying this connection"),
             ForwarderGone => ("forwarder_gone", "the forwarder of this host does not answer"),
             Stopping => ("stopping", "the router is stopping"),
             SwappedBack => ("swapped_back", "it was sent back to the overlay by command"),

@@ -113,8 +113,12 @@ impl Ledger {
                 continue;
             }
             for (end, socket) in restored.note.ends.iter().zip(&restored.sockets) {
-                let on_host =
-                    OnHost { swap: restored.note.swap, moved: restored.moved.clone(), way_back: true };
+                let on_host = OnHost {
+                    swap: restored.note.swap,
+                    moved: restored.moved.clone(),
+                    way_back: true,
+                    stalled: None,
+                };
                 let flow = Flow {
                     path: Path::Host(on_host),
                     socket: *socket,

@@ -154,11 +154,17 @@ impl Ledger {
         let Some(flow) = self.flows.get_mut(&tuple) else { return };
         let direction = attempt.negotiation.direction;
         flow.conn = conn;
+        let carried_for = self.now.saturating_duration_since(flow.changed);
         flow.changed = self.now;
         flow.failures = 0;
         match direction {
             Direction::ToHost => {
-                flow.path = Path::Host(OnHost { swap: attempt.number, moved: moved.clone(), way_back: true });
+                flow.path = Path::Host(OnHost {
+                    swap: attempt.number,
+                    moved: moved.clone(),
+                    way_back: true,
+                    stalled: None,
+                });
                 flow.socket = moved.sockets.get(index).copied().unwrap_or(flow.socket);
                 flow.reason = None;
                 flow.held = false;
@@ -173,9 +179,12 @@ impl Ledger {
                     Cause::Stop if stopping => Refusal::Stopping,
                     Cause::Stop => Refusal::PeerGone,
                     Cause::Rules => flow.declined.unwrap_or(Refusal::PeerSaysNo),
+                    Cause::HostPath => Refusal::HostPathStalled,
                 });
-                if attempt.cause == Cause::Stop {
-                    flow.peer_says = PeerSays::Nothing;
+                match attempt.cause {
+                    Cause::Stop => flow.peer_says = PeerSays::Nothing,
+                    Cause::HostPath => flow.avoid_host_path(carried_for, self.now),
+                    Cause::Rules | Cause::Order => {}
                 }
             }
         }
@@ -206,14 +215,16 @@ impl Ledger {
         flow.failures += 1;
         let doubled = FIRST_RETRY.saturating_mul(1 << flow.failures.min(12)).min(LAST_RETRY);
         let ordered = flow.order;
-        let retry = if ordered.is_some() { doubled.min(ORDER_RETRY) } else { doubled };
+        // Nobody waits for the answer where the host path has failed.
+        let waited_for = ordered.is_some_and(|order| order.cause != Cause::HostPath);
+        let retry = if waited_for { doubled.min(ORDER_RETRY) } else { doubled };
         // Two hosts that refuse each other must not come back at the same times for ever.
         let at = self.now + retry.mul_f64(1.0 + (self.number() % 256) as f64 / 512.0);
-        match ordered {
-            Some(order) if reason.is_passing() && at < order.until => self.set_alarm(tuple, at),
-            Some(_) => self.order_failed(tuple, reason),
-            None if reason.is_passing() => self.set_alarm(tuple, at),
-            None => {}
+        if ordered.is_some_and(|order| !reason.is_passing() || at >= order.until) {
+            self.order_failed(tuple, reason);
+        }
+        if reason.is_passing() {
+            self.set_alarm(tuple, at);
         }
         // The other router has not heard of a refusal before the offer.
         let unheard = attempt.negotiation.part == Part::Decider && !reason.is_passing();

@@ -4,8 +4,8 @@
 use forwarder_api::{ConnId, Direction, Refusal, Request};
 
 use super::{
-    Action, Attempt, Attempted, Cause, Flow, GRACE, Home, Input, Ledger, Message, ORDER, Part, PeerAddress,
-    PeerSays, Tuple,
+    Action, Attempt, Attempted, Cause, Flow, GRACE, Home, Input, Ledger, Message, ORDER, PURSUIT, Part,
+    PeerAddress, PeerSays, Tuple,
 };
 
 impl Ledger {
@@ -71,7 +71,8 @@ impl Ledger {
             Message::Ask { tuple, direction, cause } => {
                 let tuple = tuple.reversed();
                 if self.is_with(peer, tuple) && tuple.decides() {
-                    self.order(tuple, direction, cause, ORDER);
+                    let time = if cause == Cause::HostPath { PURSUIT } else { ORDER };
+                    self.order(tuple, direction, cause, time);
                 }
             }
             Message::Offer { attempted, tuple, direction, cause } => {

@@ -75,7 +75,10 @@ impl World {
                 self.queue.push_back((host, answer));
             }
             Action::Forwarder(Request::Release { conn }) => drop(self.released[host].insert(conn)),
-            Action::Forwarder(_) | Action::DropPath(_) | Action::Report { .. } => {}
+            Action::Forwarder(_)
+            | Action::DropPath(_)
+            | Action::Report { .. }
+            | Action::ReportStall { .. } => {}
             Action::Tell(_, message) => {
                 self.said.push(message.clone());
                 self.queue.push_back((other, Event::Peer(addresses()[host], message)));
@@ -385,4 +388,120 @@ fn a_restarted_router_knows_what_is_parked() {
     world.expect_all(Shown::Host);
     world.at(0, Event::Order(tuple(), Direction::ToOverlay));
     world.expect_all(Shown::Overlay);
+}
+
+fn stall(world: &mut World, host: usize) {
+    let swap = world.ledgers[host].flows().find_map(Flow::on_host).map(|on_host| on_host.swap).unwrap();
+    world.at(host, Event::Stalled(HashMap::from([(swap, 1448)])));
+}
+
+#[test]
+fn a_stalled_connection_goes_back_whichever_end_notices_and_is_swapped_again_after_a_while() {
+    for host in [0, 1] {
+        let mut world = World::swapped();
+        for backoff in [30, 60, 120, 240, 480, 600, 600] {
+            stall(&mut world, host);
+            world.expect_all(Shown::Overlay);
+            world.wait(Duration::from_secs(backoff - 1));
+            world.expect_all(Shown::Overlay);
+            world.expect_reasons(Refusal::HostPathStalled, Refusal::HostPathStalled);
+            world.wait(Duration::from_secs(2));
+            world.expect_all(Shown::Host);
+            assert_eq!(world.reasons(), [None, None]);
+        }
+        world.wait(Duration::from_secs(601));
+        stall(&mut world, host);
+        world.wait(Duration::from_secs(31));
+        world.expect_all(Shown::Host);
+    }
+}
+
+#[test]
+fn a_person_may_swap_a_connection_that_has_stalled() {
+    let mut world = World::swapped();
+    stall(&mut world, 0);
+    world.at(0, Event::Order(tuple(), Direction::ToHost));
+    world.expect_all(Shown::Host);
+}
+
+#[test]
+fn an_order_refused_during_the_backoff_does_not_end_it() {
+    let mut world = World::swapped();
+    stall(&mut world, 0);
+    world.refusals[0].extend([Refusal::HolderBusy; 100]);
+    world.at(0, Event::Order(tuple(), Direction::ToHost));
+    world.wait(Duration::from_secs(10));
+    assert_eq!(world.answers.last(), Some(&(0, Err(Refusal::HolderBusy))));
+    world.refusals[0].clear();
+    world.expect_all(Shown::Overlay);
+    world.wait(Duration::from_secs(30));
+    world.expect_all(Shown::Host);
+}
+
+#[test]
+fn a_stalled_connection_stays_while_the_way_back_is_refused_and_says_both() {
+    for host in [0, 1] {
+        let mut world = World::swapped();
+        world.refusals[host].extend([Refusal::NotSettled; 3]);
+        stall(&mut world, host);
+        world.expect_all(Shown::Host);
+        let view = world.view(host);
+        assert_eq!(view.reason.as_deref(), Some("host_path_stalled"));
+        let text = view.reason_text.unwrap();
+        assert!(text.contains("in flight") || host == 1, "{text}");
+        world.wait(Duration::from_secs(2));
+        world.expect_all(Shown::Overlay);
+    }
+}
+
+#[test]
+fn a_stalled_connection_whose_peer_is_gone_stays_and_says_so() {
+    let mut world = World::swapped();
+    world.at(0, Event::PeerDown(THERE));
+    stall(&mut world, 0);
+    let view = world.view(0);
+    assert_eq!((view.path, view.reason.as_deref()), (Shown::Host, Some("host_path_stalled")));
+    let text = view.reason_text.unwrap();
+    assert!(text.contains(Refusal::PeerUnreachable.sentence()), "{text}");
+    world.at(0, Event::PeerUp(THERE));
+    world.wait(Duration::from_secs(5));
+    stall(&mut world, 0);
+    world.expect_all(Shown::Overlay);
+}
+
+#[test]
+fn a_path_that_carries_again_is_no_reason_any_more() {
+    let mut world = World::swapped();
+    world.at(0, Event::PeerDown(THERE));
+    stall(&mut world, 0);
+    world.at(0, Event::Stalled(HashMap::new()));
+    assert_eq!((world.view(0).path, world.view(0).reason), (Shown::Host, None));
+}
+
+#[test]
+fn a_stalled_connection_within_one_host_goes_back() {
+    let mut world = World::new();
+    for tuple in [tuple(), tuple().reversed()] {
+        let event = world.learned(tuple, Home::Nowhere(Refusal::NoPeerHost), None);
+        world.at(0, event);
+    }
+    stall(&mut world, 0);
+    let views = world.ledgers[0].views();
+    let back =
+        |view: &FlowView| view.path == Shown::Overlay && view.reason.as_deref() == Some("host_path_stalled");
+    assert!(views.iter().all(back), "{views:?}");
+}
+
+#[test]
+fn the_way_back_of_a_stalled_connection_is_tried_later_and_later() {
+    for host in [0, 1] {
+        let mut world = World::swapped();
+        world.refusals[0].extend([Refusal::NotSettled; 1000]);
+        for _ in 0..100 {
+            stall(&mut world, host);
+            world.wait(Duration::from_millis(300));
+        }
+        let tries = 1000 - world.refusals[0].len();
+        assert!((8..25).contains(&tries), "{tries} tries in 30 s, noticed by {host}");
+    }
 }

@@ -41,7 +41,11 @@ impl Ledger {
         if direction == Direction::ToHost && self.stopping.is_some() {
             return self.act(Action::Answer(tuple, Err(Refusal::Stopping)));
         }
-        flow.order = Some(Order { direction, cause, until });
+        let given = flow.order.replace(Order { direction, cause, until });
+        if given.is_some_and(|order| order.direction == direction && order.cause == cause) {
+            // It is pursued already.
+            return;
+        }
         flow.failures = 0;
         if flow.attempt.is_none() {
             self.clear_alarm(tuple);
@@ -90,7 +94,8 @@ impl Ledger {
         }
         let (home, order) = (flow.home, flow.order);
         if order.is_some_and(|order| flow.has_arrived(order.direction)) {
-            return self.order_done(tuple);
+            self.order_done(tuple);
+            return self.consider(tuple);
         }
         if home == Home::SameHost && !tuple.decides() {
             // The deciding end leads; an order goes there.
@@ -105,7 +110,10 @@ impl Ledger {
         }
         let (direction, cause) = match order {
             Some(order) => (order.direction, order.cause),
-            None if self.wants_swap(flow) => (Direction::ToHost, Cause::Rules),
+            None if self.wants_swap(flow) => match flow.avoids_host_until {
+                Some(until) if until > self.now => return self.stay_off_host_path(tuple, until),
+                Some(_) | None => (Direction::ToHost, Cause::Rules),
+            },
             None => return,
         };
         let waits = flow.failures > 0 && flow.alarm.is_some_and(|at| at > self.now);

@@ -17,6 +17,7 @@
 
 mod cgroup;
 mod control;
+mod fault;
 mod host;
 mod keeper;
 mod namespace;
@@ -36,6 +37,7 @@ use anyhow::{Context, Result};
 
 pub use cgroup::Cgroup;
 pub use control::{Flow, Status};
+pub use fault::Cut;
 pub use host::{Host, RouterOptions};
 pub use namespace::Namespace;
 pub use pod::{Family, Pod};

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Interfaces, addresses and routes, in the shape that Flannel gives a host: a bridge for the pods, a VXLAN device
 //! with an address of its own, and a route to the other host's pods by that device's address there.
+//!
+//! Two cables join the hosts. One is the hosts' own network; the overlay, and with it what the routers say to each
+//! other, runs over the second, so that either can fail alone.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -10,10 +13,15 @@ use crate::{Host, Namespace, Place};
 
 pub const OVERLAY_IF: &str = "overlay0";
 pub const HOST_IF: &str = "eth0";
+const UNDERLAY_IF: &str = "eth1";
 const MTU: u32 = 1450;
 
 pub fn host_address(host: u8) -> Ipv4Addr {
     Ipv4Addr::new(192, 168, 77, host)
+}
+
+fn underlay_address(host: u8) -> Ipv4Addr {
+    Ipv4Addr::new(192, 168, 78, host)
 }
 
 /// Address 0 is the tunnel's, 1 the bridge's; pods begin at 10.
@@ -37,7 +45,9 @@ fn tunnel_mac(host: u8) -> String {
 /// Wires the two hosts and raises the overlay.
 pub fn connect(h1: &Host, h2: &Host) -> Result<()> {
     let peer = h2.place().network.path();
-    ip(h1.place(), &format!("link add {HOST_IF} type veth peer name {HOST_IF} netns {peer}\n"))?;
+    for cable in [HOST_IF, UNDERLAY_IF] {
+        ip(h1.place(), &format!("link add {cable} type veth peer name {cable} netns {peer}\n"))?;
+    }
     for (host, other) in [(h1, h2), (h2, h1)] {
         raise(host.place(), host.index, other.index)?;
     }
@@ -45,7 +55,7 @@ pub fn connect(h1: &Host, h2: &Host) -> Result<()> {
 }
 
 fn raise(place: &Place, n: u8, m: u8) -> Result<()> {
-    let (host, peer) = (host_address(n), host_address(m));
+    let (host, underlay, peer) = (host_address(n), underlay_address(n), underlay_address(m));
     let (mac, peer_mac) = (tunnel_mac(n), tunnel_mac(m));
     let (bridge4, bridge6) = (overlay_v4(n, 1), overlay_v6(n, 1));
     let (tunnel4, tunnel6) = (overlay_v4(n, 0), overlay_v6(n, 0));
@@ -60,11 +70,13 @@ fn raise(place: &Place, n: u8, m: u8) -> Result<()> {
             "link set lo up\n\
              addr add {host}/24 dev {HOST_IF}\n\
              link set {HOST_IF} up\n\
+             addr add {underlay}/24 dev {UNDERLAY_IF}\n\
+             link set {UNDERLAY_IF} up\n\
              link add cni0 type bridge\n\
              link set cni0 mtu {MTU} up\n\
              addr add {bridge4}/24 dev cni0\n\
              addr add {bridge6}/64 dev cni0 nodad\n\
-             link add {OVERLAY_IF} address {mac} type vxlan id 1 dstport 4789 local {host} dev {HOST_IF} nolearning\n\
+             link add {OVERLAY_IF} address {mac} type vxlan id 1 dstport 4789 local {underlay} dev {UNDERLAY_IF} nolearning\n\
              link set {OVERLAY_IF} mtu {MTU} up\n\
              addr add {tunnel4}/32 dev {OVERLAY_IF}\n\
              addr add {tunnel6}/128 dev {OVERLAY_IF} nodad\n\
@@ -106,7 +118,7 @@ pub fn plug(host: &Place, host_index: u8, pod: &Place, pod_index: u8) -> Result<
     )
 }
 
-fn ip(place: &Place, lines: &str) -> Result<()> {
+pub(crate) fn ip(place: &Place, lines: &str) -> Result<()> {
     place.run_script(&["ip", "-batch", "-"], lines)
 }
 

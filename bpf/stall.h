@@ -1,0 +1,14 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/* How a host socket gets on, as one record of the iterator in stall.bpf.c. */
+#ifndef STALL_H
+#define STALL_H
+
+struct host_socket {
+	__u64 swap; /* the swap that installed it */
+	__u32 unacknowledged_bytes;
+	__u8 retransmissions; /* time-outs in a row, nothing new acknowledged since */
+	__u8 probes; /* window or keepalive probes in a row, none answered */
+	__u8 padding[2];
+};
+
+#endif

@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Notices that the host path of a swapped connection carries nothing any more. [`Watch`] looks, [`sample`] decides.
+//!
+//! The sockets are found by the identity that they carry, so none of them is held: a copy of a descriptor would keep
+//! the connection open after its application has closed it.
+
+mod sample;
+
+use std::{
+    io::{self, Read},
+    mem::MaybeUninit,
+};
+
+use libbpf_rs::{
+    Iter, Link,
+    skel::{OpenSkel, SkelBuilder},
+};
+
+use crate::{
+    bytes::{Plain, from_bytes},
+    identity::Identity,
+};
+pub use sample::Sample;
+
+#[allow(
+    clippy::all,
+    clippy::pedantic,
+    clippy::undocumented_unsafe_blocks,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    dead_code
+)]
+mod skeleton {
+    include!(concat!(env!("OUT_DIR"), "/stall.skel.rs"));
+}
+use skeleton::types;
+
+#[derive(Debug, thiserror::Error)]
+pub enum StallError {
+    #[error("the program that watches swapped connections cannot be loaded: {0}")]
+    Load(libbpf_rs::Error),
+    #[error("the program that watches swapped connections cannot be attached to the map of identities: {0}")]
+    Attach(libbpf_rs::Error),
+    #[error("the swapped connections cannot be looked at: {0}")]
+    Read(io::Error),
+}
+
+/// The loaded program. Dropping it unloads it.
+pub struct Watch {
+    link: Link,
+}
+
+impl Watch {
+    pub fn start(identity: &Identity) -> Result<Watch, StallError> {
+        let mut object = MaybeUninit::uninit();
+        let open = skeleton::StallSkelBuilder::default().open(&mut object).map_err(StallError::Load)?;
+        let skel = open.load().map_err(StallError::Load)?;
+        let link = skel.progs.host_sockets.attach_iter(identity.map()).map_err(StallError::Attach)?;
+        Ok(Watch { link })
+    }
+
+    /// All host sockets of this router, as they are now.
+    pub fn look(&self) -> Result<Vec<Sample>, StallError> {
+        let mut iter = Iter::new(&self.link).map_err(|error| StallError::Read(io::Error::other(error)))?;
+        let mut bytes = Vec::new();
+        iter.read_to_end(&mut bytes).map_err(StallError::Read)?;
+        let records = bytes.chunks_exact(size_of::<types::host_socket>()).filter_map(from_bytes);
+        Ok(records
+            .map(|record: types::host_socket| Sample {
+                swap: record.swap,
+                unacknowledged_bytes: record.unacknowledged_bytes,
+                retransmissions: record.retransmissions,
+                probes: record.probes,
+            })
+            .collect())
+    }
+}
+
+// SAFETY: of `bpf/stall.h`: integers and arrays of bytes, padding explicit.
+unsafe impl Plain for types::host_socket {}
+
+#[cfg(test)]
+mod tests {
+    use std::mem::offset_of;
+
+    use super::types::host_socket;
+
+    #[test]
+    fn the_layout_is_that_of_the_header() {
+        assert_eq!(size_of::<host_socket>(), 16);
+        assert_eq!(offset_of!(host_socket, unacknowledged_bytes), 8);
+        assert_eq!(offset_of!(host_socket, retransmissions), 12);
+        assert_eq!(offset_of!(host_socket, probes), 13);
+    }
+}
