@@ -6,7 +6,7 @@ use std::{net::Ipv4Addr, path::PathBuf, process::Command};
 use anyhow::{Context, Result, ensure};
 use lab::{DEADLINE, Pod, Process, Scene, wait_for};
 
-use crate::{command, directory, load, load_from, run, server};
+use crate::{command, directory, load, loads, loads_from, run, server};
 
 fn redis(scene: &Scene, name: &str, ip: Ipv4Addr) -> Result<String> {
     let directory = directory(scene, name)?;
@@ -40,7 +40,7 @@ fn a_redis_replica_catches_up_and_is_equal() -> Result<()> {
     // Over a unix socket: the link between the two is the only connection.
     let socket = scene.lab.directory().join("primary/socket");
     let words = format!("redis-benchmark -s {} -t set -r 100000 -d 200 -n 400000 -c 8 -q", socket.display());
-    load_from(&scene, &scene.server, 6379, &words)?;
+    loads_from(&scene, &scene.server, 6379, &words)?;
     let digest = |ip| run(&scene, &format!("redis-cli -h {ip} debug digest"));
     wait_for("the replica to be equal", DEADLINE, || Ok((digest(here)? == digest(ip)?).then_some(())))?;
     let log = replica.stdout();
@@ -53,12 +53,9 @@ fn memcached_keeps_what_it_was_given() -> Result<()> {
     let scene = Scene::with_routers("memcached")?;
     let ip = scene.server.v4;
     let _memcached = server(&scene, 11211, &format!("memcached -u nobody -p 11211 -l {ip} -t 4"))?;
-    for _ in 0..2 {
-        let load = load(
-            &scene,
-            11211,
-            &format!("memcslap --servers={ip} --concurrency=8 --execute-number=50000 --initial-load=1000"),
-        )?;
+    let memcslap =
+        format!("memcslap --servers={ip} --concurrency=8 --execute-number=50000 --initial-load=1000");
+    for load in loads(&scene, 11211, &memcslap)? {
         ensure!(!load.stderr.contains("rror"), "{}", load.stderr);
     }
     Ok(())
@@ -89,7 +86,8 @@ impl Postgres {
             program("postgres")?,
             socket.display()
         );
-        let process = pod.serve("postgres", &mut command(&start), 5432)?;
+        let mut process = pod.serve("postgres", &mut command(&start), 5432)?;
+        process.wait_until_it_says("ready to accept", DEADLINE)?;
         Ok(Postgres { process, ip, socket })
     }
 
@@ -98,7 +96,8 @@ impl Postgres {
     }
 
     fn replica_of(primary: &Postgres, scene: &Scene) -> Result<Postgres> {
-        let copy = format!("{} -h {} -U postgres -R -X stream -c fast -D", program("pg_basebackup")?, primary.ip);
+        let copy =
+            format!("{} -h {} -U postgres -R -X stream -c fast -D", program("pg_basebackup")?, primary.ip);
         Postgres::start(scene, &scene.client, &copy)
     }
 
@@ -122,7 +121,7 @@ fn postgres_keeps_its_books_balanced() -> Result<()> {
     let postgres = Postgres::primary(&scene)?;
     let pgbench = format!("{} -h {} -U postgres postgres", program("pgbench")?, postgres.ip);
     run(&scene, &format!("{pgbench} -i -s 2 -q"))?;
-    load(&scene, 5432, &format!("{pgbench} -c 8 -j 2 -T 15"))?;
+    loads(&scene, 5432, &format!("{pgbench} -c 8 -j 2 -T 15"))?;
     let sums = "select (select sum(abalance) from pgbench_accounts) = (select sum(delta) from pgbench_history) \
                 and (select sum(bbalance) from pgbench_branches) = (select sum(tbalance) from pgbench_tellers)";
     ensure!(postgres.ask(&scene, sums)? == "t", "the books are not balanced");
@@ -137,7 +136,7 @@ fn a_postgres_replica_catches_up_and_is_equal() -> Result<()> {
     let pgbench = format!("{} -h {} -U postgres postgres", program("pgbench")?, primary.socket.display());
     scene.server.place().run(&mut command(&format!("{pgbench} -i -s 2 -q")))?;
     let replica = Postgres::replica_of(&primary, &scene)?;
-    load_from(&scene, &scene.server, 5432, &format!("{pgbench} -c 8 -j 2 -T 15"))?;
+    loads_from(&scene, &scene.server, 5432, &format!("{pgbench} -c 8 -j 2 -T 15"))?;
     let written = primary.ask(&scene, "select pg_current_wal_flush_lsn()")?;
     let replayed = format!("select pg_last_wal_replay_lsn() >= '{written}'");
     wait_for("the replica to catch up", DEADLINE, || {
