@@ -50,7 +50,9 @@ fn mpi_ranks_receive_every_word() -> Result<()> {
 #[test]
 fn netpipe_finds_every_message_whole() -> Result<()> {
     let scene = Scene::with_routers("netpipe")?;
-    for load in loads(&scene, PORT, &format!("{} NPopenmpi -i", mpirun(&scene)?))? {
+    let results = scene.lab.directory().join("np.out");
+    let netpipe = format!("{} NPopenmpi -i -o {}", mpirun(&scene)?, results.display());
+    for load in loads(&scene, PORT, &netpipe)? {
         // A line for each size, up to 8 MB.
         let checked: Vec<&str> = load.stderr.lines().filter(|line| line.contains(" bytes ")).collect();
         let whole = checked.iter().all(|line| line.ends_with("Integrity check passed"));
