@@ -13,7 +13,7 @@ fn redis(scene: &Scene, name: &str, ip: Ipv4Addr) -> Result<String> {
     let directory = directory.display();
     Ok(format!(
         "redis-server --port 6379 --bind {ip} --protected-mode no --save \"\" --dir {directory} \
-         --unixsocket {directory}/socket"
+         --unixsocket {directory}/socket --repl-diskless-sync-delay 0 --enable-debug-command yes"
     ))
 }
 
@@ -35,13 +35,18 @@ fn a_redis_replica_catches_up_and_is_equal() -> Result<()> {
     let scene = Scene::with_routers("redis-replica")?;
     let (ip, here) = (scene.server.v4, scene.client.v4);
     let _primary = server(&scene, 6379, &redis(&scene, "primary", ip)?)?;
-    let replica = format!("{} --replicaof {ip} 6379", redis(&scene, "replica", here)?);
-    let replica = scene.client.serve("replica", &mut command(&replica), 6379)?;
     // Over a unix socket: the link between the two is the only connection.
     let socket = scene.lab.directory().join("primary/socket");
-    let words = format!("redis-benchmark -s {} -t set -r 100000 -d 200 -n 400000 -c 8 -q", socket.display());
-    loads_from(&scene, &scene.server, 6379, &words)?;
-    let digest = |ip| run(&scene, &format!("redis-cli -h {ip} debug digest"));
+    let fill = format!("redis-benchmark -s {} -t set -r 1000000 -d 200 -n 400000 -c 8 -q", socket.display());
+    run(&scene, &fill)?;
+    let replica = format!("{} --replicaof {ip} 6379", redis(&scene, "replica", here)?);
+    let replica = scene.client.serve("replica", &mut command(&replica), 6379)?;
+    loads_from(&scene, &scene.server, 6379, &fill)?;
+    let digest = |ip| -> Result<String> {
+        let digest = run(&scene, &format!("redis-cli -h {ip} debug digest"))?;
+        ensure!(digest.trim().len() == 40, "{digest}");
+        Ok(digest)
+    };
     wait_for("the replica to be equal", DEADLINE, || Ok((digest(here)? == digest(ip)?).then_some(())))?;
     let log = replica.stdout();
     ensure!(log.matches("MASTER <-> REPLICA sync started").count() == 1, "the link was broken:\n{log}");
