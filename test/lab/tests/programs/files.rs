@@ -3,10 +3,10 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use lab::{Process, Scene};
 
-use crate::{command, directory, expect_equal, load, server};
+use crate::{command, directory, expect_equal, load, run, server};
 
 /// Large files beside each other, small ones in directories below.
 fn tree(scene: &Scene) -> Result<PathBuf> {
@@ -81,4 +81,18 @@ fn scp_copies_a_tree_back() -> Result<()> {
     let (_sshd, scp) = sshd(&scene)?;
     load(&scene, 2222, &format!("{scp} root@{}:{} {}", scene.server.v4, tree.display(), copy.display()))?;
     expect_equal(&tree, &copy)
+}
+
+/// While a client logs in, sshd's process for it may make very few system calls: another one would end it.
+#[test]
+fn sshd_lets_everybody_in() -> Result<()> {
+    let scene = Scene::with_routers("sshd")?;
+    let (file, copy) = (scene.lab.directory().join("file"), scene.lab.directory().join("copy"));
+    std::fs::write(&file, "file")?;
+    let (_sshd, scp) = sshd(&scene)?;
+    let words = format!("{scp} {} root@{}:{}", file.display(), scene.server.v4, copy.display());
+    for number in 1..=40 {
+        run(&scene, &words).with_context(|| format!("login {number}"))?;
+    }
+    expect_equal(&file, &copy)
 }
