@@ -225,8 +225,13 @@ impl FrozenProcess {
             return write_regs(tid, regs).map_err(|_| Refusal::HolderVanished);
         }
         match arch::interrupted(&regs) {
-            Interrupted::No => Ok(()),
-            Interrupted::Call => {
+            // A seccomp filter that allows the call may well kill for restart_syscall (OpenSSH's does).
+            Interrupted::No
+                if !(arch::goes_on_by_another_call(&regs) && process::is_filtered(self.tgid, tid)) =>
+            {
+                Ok(())
+            }
+            Interrupted::No | Interrupted::Call => {
                 // At once, not at the thaw: if we die before, the thread must still see no EINTR.
                 let regs = arch::repeat_call(&regs);
                 self.threads[index].regs = regs;
