@@ -23,6 +23,7 @@ use nix::{errno::Errno, sys::ptrace, unistd::Pid};
 
 use crate::{
     arch::{self, Interrupted, Partial, Regs},
+    fault::{self, Point},
     foothold::Foothold,
     process::{self, Memory, RemoteAddr, RemoteFd, Tgid, Tid},
     rseq,
@@ -76,10 +77,12 @@ impl Frozen {
                 break;
             }
         }
+        fault::point(Point::Stopped);
         for tgid in tgids {
             let process = frozen.examine(*tgid, &stopped)?;
             frozen.processes.push(process);
         }
+        fault::point(Point::Frozen);
         Ok(frozen)
     }
 
@@ -109,6 +112,7 @@ impl Frozen {
                 Err(_) => return Err(Refusal::HolderVanished),
             }
             self.seized.insert(tid, tgid);
+            fault::point(Point::Seizing);
             // ESRCH: it is ending; waiting for it will show that.
             let _ = ptrace::interrupt(Pid::from_raw(tid.0));
             new += 1;
@@ -207,6 +211,7 @@ impl Drop for Frozen {
     fn drop(&mut self) {
         // A thread that has other registers than its own at this moment gets them back from the code that it stands in.
         for tid in self.seized.keys() {
+            fault::point(Point::Thawing);
             // A thread that is not stopped yet cannot be detached here: the end of this tracer thread does it.
             let _ = ptrace::detach(Pid::from_raw(tid.0), None);
         }
@@ -297,6 +302,7 @@ impl FrozenProcess {
         for (index, (thread, mask)) in others.iter_mut().zip(masks).enumerate() {
             let hold = shelter.at.0 + (index * arch::hold_len()) as u64;
             // The registers first: killed between the two, we leave a thread that waits with its own mask.
+            fault::point(Point::Holding);
             write_regs(thread.tid, arch::enter_hold(&thread.regs, hold))
                 .map_err(|_| Refusal::HolderVanished)?;
             thread.held = Some(mask);
@@ -309,6 +315,7 @@ impl FrozenProcess {
     pub fn release_other_threads(&mut self) -> Result<(), Refusal> {
         for thread in &mut self.threads[1..] {
             if let Some(mask) = thread.held.take() {
+                fault::point(Point::Releasing);
                 set_signal_mask(thread.tid, mask)?;
                 write_regs(thread.tid, thread.regs).map_err(|_| Refusal::HolderVanished)?;
             }

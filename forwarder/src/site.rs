@@ -12,6 +12,7 @@ use forwarder_api::{ConnId, Direction, Moved, ParkedConn, PrepareTarget, Refusal
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 use crate::{
+    fault::{self, Point},
     holders::Holders,
     inspect::{Descriptor, InspectError, Kind, Programs, SocketFacts, TCP_ESTABLISHED},
     options,
@@ -186,6 +187,7 @@ impl Site {
         if locked(&self.forsaken).remove(&conn) {
             return reset(&parked);
         }
+        fault::point(Point::Parking);
         let mut all = locked(&self.parked);
         for socket in &parked.overlay {
             let event = EpollEvent::new(EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLONESHOT, conn.0);

@@ -126,8 +126,18 @@ impl Host {
 
     /// Starts the forwarder and waits until it listens.
     pub fn start_forwarder(&self) -> Result<()> {
+        self.start_forwarder_as(Command::new(program("forwarder")?))
+    }
+
+    /// As [`Host::start_forwarder`], with one that kills itself at a point of a move: see `forwarder/src/fault.rs`.
+    pub fn start_forwarder_with_fault(&self, fault: &str) -> Result<()> {
+        let mut command = Command::new(program("forwarder-with-faults")?);
+        command.env("FORWARDER_FAULT", fault);
+        self.start_forwarder_as(command)
+    }
+
+    fn start_forwarder_as(&self, mut command: Command) -> Result<()> {
         let socket = self.place.directory.join("forwarder.sock");
-        let mut command = Command::new(program("forwarder")?);
         command.arg("--socket").arg(&socket).envs(self.environment());
         let mut forwarder = self.start("forwarder", &mut command)?;
         wait_for(&format!("the forwarder of {} to listen", self.name), DEADLINE, || {
@@ -190,6 +200,11 @@ impl Host {
         let forwarder = self.state().forwarder.take().context("no forwarder is running")?;
         forwarder.signal(Signal::SIGTERM)?;
         forwarder.wait(DEADLINE)
+    }
+
+    /// Did the forwarder that was started end without us?
+    pub fn forwarder_has_ended(&self) -> bool {
+        self.state().forwarder.as_mut().is_some_and(|forwarder| forwarder.fail_if_ended().is_err())
     }
 
     /// SIGKILL.
