@@ -365,6 +365,34 @@ fn both_ends_on_one_host_are_swapped_together() {
     assert!(world.answers.contains(&(0, Ok(0))), "{:?}", world.answers);
 }
 
+fn expect_an_order_to_fail(mut world: World, tuple: Tuple, direction: Direction) {
+    world.at(0, Event::Order(tuple, direction));
+    world.wait(Duration::from_secs(10));
+    assert!(matches!(world.answers[..], [(0, Err(_))]), "{:?}", world.answers);
+}
+
+#[test]
+fn an_order_without_a_forwarder_is_answered_in_time() {
+    let mut world = World::swapped();
+    world.at(0, Event::ForwarderDown);
+    expect_an_order_to_fail(world, tuple(), Direction::ToOverlay);
+}
+
+#[test]
+fn an_order_for_the_end_that_is_left_of_a_connection_within_one_host_is_answered_in_time() {
+    let mut world = World::new();
+    for tuple in [tuple(), tuple().reversed()] {
+        let unwanted = Some(Refusal::NoRuleMatches);
+        let event = world.learned(tuple, Home::Nowhere(Refusal::NoPeerHost), unwanted);
+        world.at(0, event);
+    }
+    world.now += Duration::from_secs(1);
+    let left = SocketInode(u64::from(tuple().remote.port()));
+    world.at(0, Event::Scanned { began: world.now, sockets: [(left, (0, 0))].into() });
+    assert_eq!(world.ledgers[0].views().len(), 1);
+    expect_an_order_to_fail(world, tuple().reversed(), Direction::ToHost);
+}
+
 #[test]
 fn a_lost_forwarder_is_a_reason_until_it_is_back() {
     let mut world = World::new();

@@ -86,8 +86,16 @@ impl Ledger {
         }
     }
 
-    /// Start what is wanted and possible.
+    /// Start what is wanted and possible. Whoever ordered it hears in the end if nothing is.
     pub(super) fn consider(&mut self, tuple: Tuple) {
+        self.try_to_start(tuple);
+        let Some(flow) = self.flows.get(&tuple) else { return };
+        if let (Some(order), None, None) = (flow.order, &flow.attempt, flow.alarm) {
+            self.set_alarm(tuple, order.until);
+        }
+    }
+
+    fn try_to_start(&mut self, tuple: Tuple) {
         let Some(flow) = self.flows.get(&tuple) else { return };
         if flow.attempt.is_some() || !self.forwarder_is_up {
             return;
