@@ -379,6 +379,17 @@ fn an_order_without_a_forwarder_is_answered_in_time() {
 }
 
 #[test]
+fn orders_that_are_given_again_and_again_are_answered_in_time() {
+    let mut world = World::swapped();
+    world.at(0, Event::ForwarderDown);
+    for _ in 0..6 {
+        world.at(0, Event::Order(tuple(), Direction::ToOverlay));
+        world.wait(Duration::from_secs(1));
+    }
+    assert!(matches!(world.answers[..], [(0, Err(_))]), "{:?}", world.answers);
+}
+
+#[test]
 fn an_order_for_the_end_that_is_left_of_a_connection_within_one_host_is_answered_in_time() {
     let mut world = World::new();
     for tuple in [tuple(), tuple().reversed()] {

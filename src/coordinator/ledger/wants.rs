@@ -31,10 +31,12 @@ impl Ledger {
     }
 
     pub(super) fn order(&mut self, tuple: Tuple, direction: Direction, cause: Cause, time: Duration) {
-        let until = self.now + time;
         let Some(flow) = self.flows.get_mut(&tuple) else {
             return self.act(Action::Answer(tuple, Err(Refusal::NotEstablished)));
         };
+        // Whoever ordered first waits as well: another order of the same kind gives it no more time.
+        let pending = flow.order.filter(|order| order.cause == cause).map(|order| order.until);
+        let until = pending.unwrap_or(self.now + time);
         if cause == Cause::Order {
             flow.held = direction == Direction::ToOverlay;
         }
