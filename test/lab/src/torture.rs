@@ -32,6 +32,7 @@ use crowd::Crowd;
 use plan::{Fate, Mover, PODS_OF_A_HOST, Slot};
 use report::Report;
 use tally::{Moves, Tally};
+use trouble::View;
 
 #[derive(clap::Args)]
 pub struct Options {
@@ -137,12 +138,13 @@ impl Stage {
     fn play(&self, act: &Act, crowd: &mut Crowd<'_>, movers: &mut [Mover], fate: &mut Fate) {
         let (lab, tally) = (&self.lab, &self.tally);
         let (over, closing) = (&AtomicBool::new(false), &AtomicBool::new(false));
+        let views = &lab.hosts().map(View::of);
         let began = Instant::now();
         std::thread::scope(|scope| {
             scope.spawn(|| crowd.run(closing));
             std::thread::scope(|scope| {
                 for mover in movers {
-                    scope.spawn(|| trouble::order_moves(mover, lab, tally, over));
+                    scope.spawn(|| trouble::order_moves(mover, views, tally, over));
                 }
                 scope.spawn(|| trouble::deal_blows(fate, lab, tally, began + act.kills, over));
                 let mut shown = Instant::now();

@@ -31,8 +31,15 @@ const STARTS: usize = 4;
 const PORTS: std::ops::Range<u16> = 10_000..30_000;
 
 /// What may be said by an application whose other end was killed.
-const BEREAVED: [&str; 6] =
-    ["the stream ended", "ECONNRESET", "EPIPE", "ENOTCONN", "short write", "child process"];
+const BEREAVED: [&str; 7] = [
+    "the stream ended",
+    "ECONNRESET",
+    "EPIPE",
+    "ENOTCONN",
+    "endpoint is not connected",
+    "short write",
+    "child process",
+];
 
 pub struct Crowd<'a> {
     pods: &'a [Pod],

@@ -53,16 +53,17 @@ const KINDS: [&str; 16] = [
     "--io epoll-et",
     "--io epoll-oneshot",
     "--io epoll --threads 8",
-    "--io blocking --fork 2 --dup 1 --threads 4",
+    "--io blocking --fork 2 --dup 1 --threads 5",
     "--io blocking --fork-reader",
     "--io poll --dup 2",
     "--io blocking --names",
     "--io epoll --dup 1 --fork 1 --names",
     "--odd filter",
 ];
-const PAUSES_MS: [u32; 6] = [20, 50, 100, 200, 300, 500];
+/// The moves are to take the CPUs, not the streams.
+const PAUSES_MS: [u32; 6] = [50, 100, 200, 500, 1000, 2000];
 /// One pair in so many is as fast as it can be.
-const SATURATED: u32 = 40;
+const SATURATED: u32 = 60;
 
 impl Slot {
     /// So many that all connections together are `connections`: one slot in eight has six.
@@ -89,8 +90,8 @@ impl Slot {
     pub fn next_pair(&mut self) -> Pair {
         let random = &mut self.random;
         let mut arguments = match random.u32(0..20) {
-            0..2 => "--idle --threads 3".to_owned(),
-            2..5 => format!("--pings --interval-us {}", random.u32(500..20_000)),
+            0..2 => "--idle --threads 4".to_owned(),
+            2..5 => format!("--pings --interval-us {}", random.u32(2_000..50_000)),
             _ => {
                 let pause = PAUSES_MS[random.usize(0..PAUSES_MS.len())];
                 let saturated = self.connections == 1 && random.u32(0..SATURATED) == 0;
@@ -98,6 +99,7 @@ impl Slot {
                 format!("{kind} --pause-ms {}", if saturated { 0 } else { pause })
             }
         };
+        arguments += if arguments.contains("--threads") { " --idle-threads" } else { " --threads 1" };
         if self.connections > 1 {
             arguments += &format!(" --connections {}", self.connections);
         }

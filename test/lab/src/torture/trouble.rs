@@ -2,45 +2,54 @@
 //! Those who order moves, and what befalls routers, forwarders and rules.
 
 use std::{
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result};
-use lab::{Direct, Flow, Host, Lab, Ordered, RULE_FOR_ALL_PODS, RULE_FOR_ALL_PODS_V6, RouterOptions};
+use lab::{Direct, Flow, Host, Lab, RULE_FOR_ALL_PODS, RULE_FOR_ALL_PODS_V6, RouterOptions};
 
 use super::{
     plan::{Blow, Fate, Move, Mover, Rules, What},
     tally::Tally,
 };
 
-/// How old a list of connections may be.
-const FRESH: Duration = Duration::from_millis(500);
+/// How old a list of connections may be. To make one, the forwarder looks at every descriptor of the host.
+const FRESH: Duration = Duration::from_secs(1);
 
 /// Orders moves until `over`.
-pub fn order_moves(mover: &mut Mover, lab: &Lab, tally: &Tally, over: &AtomicBool) {
-    let mut views =
-        lab.hosts().map(|host| View { host, direct: host.direct(), flows: Vec::new(), seen: None });
+pub fn order_moves(mover: &mut Mover, views: &[View<'_>; 2], tally: &Tally, over: &AtomicBool) {
     while !over.load(Ordering::Relaxed) {
         let Move { pause, host, what } = mover.next_move();
         std::thread::sleep(pause);
-        let view = &mut views[host];
-        if let Err(error) = view.carry_out(what) {
-            tally.error(&format!("the router of {}: {error:#}", view.host.name));
+        if let Err(error) = views[host].carry_out(what) {
+            tally.error(&format!("the router of {}: {error:#}", views[host].host.name));
         }
     }
 }
 
-/// A host's connections, as its router showed them a moment ago.
-struct View<'a> {
+/// A host's connections that may be moved, as its router showed them a moment ago.
+pub struct View<'a> {
     host: &'a Host,
     direct: Direct,
+    list: Mutex<List>,
+}
+
+#[derive(Default)]
+struct List {
     flows: Vec<Flow>,
     seen: Option<Instant>,
 }
 
 impl View<'_> {
-    fn carry_out(&mut self, what: What) -> Result<()> {
+    pub fn of(host: &Host) -> View<'_> {
+        View { host, direct: host.direct(), list: Mutex::default() }
+    }
+
+    fn carry_out(&self, what: What) -> Result<()> {
         let place = match what {
             What::AllBack => {
                 // Some are refused, or have ended: the command says so, and ends with an error.
@@ -49,23 +58,22 @@ impl View<'_> {
             }
             What::One(place) => place,
         };
-        if self.seen.is_none_or(|seen| seen.elapsed() > FRESH) {
-            self.flows = self.direct.flows()?.unwrap_or_default();
-            self.flows.retain(|flow| flow.path == "overlay" || flow.way_back == Some(true));
-            self.seen = Some(Instant::now());
-        }
-        if self.flows.is_empty() {
-            return Ok(());
-        }
-        let place = place % self.flows.len();
-        let flow = &mut self.flows[place];
-        let conn = flow.conn.clone().context("a connection without a name")?;
-        let to_host = !flow.on_host();
+        let Some(flow) = self.take(place)? else { return Ok(()) };
+        let conn = flow.conn.as_deref().context("a connection without a name")?;
         // Refused, or nobody there: the routers count that.
-        if let Some(Ordered::Done { .. }) = self.direct.order(&conn, to_host)? {
-            flow.path = if to_host { "host" } else { "overlay" }.to_owned();
+        self.direct.order(conn, !flow.on_host()).map(drop)
+    }
+
+    /// Each is moved once a list.
+    fn take(&self, place: usize) -> Result<Option<Flow>> {
+        let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        if list.flows.is_empty() || list.seen.is_none_or(|seen| seen.elapsed() > FRESH) {
+            list.flows = self.direct.flows()?.unwrap_or_default();
+            list.flows.retain(|flow| flow.path == "overlay" || flow.way_back == Some(true));
+            list.seen = Some(Instant::now());
         }
-        Ok(())
+        let count = list.flows.len();
+        Ok((count > 0).then(|| list.flows.swap_remove(place % count)))
     }
 }
 

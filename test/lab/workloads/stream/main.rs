@@ -62,6 +62,9 @@ pub struct Options {
     /// Threads in the process; those that do not use the socket sleep, wait and compute.
     #[arg(long, default_value_t = 2)]
     threads: usize,
+    /// None of these threads computes: for many processes on few CPUs.
+    #[arg(long)]
+    idle_threads: bool,
     /// Child processes that inherit the socket.
     #[arg(long, default_value_t = 0)]
     fork: usize,
@@ -188,7 +191,8 @@ fn main() {
     }
     let in_use = threads_in_use(options.io) * connections.len();
     let everything = company::shared_memory();
-    let company = company::Threads::start(options.threads.saturating_sub(in_use), everything);
+    let others = options.threads.saturating_sub(in_use);
+    let company = company::Threads::start(others, options.idle_threads, everything);
     if options.until_eof && side == Side::Client && !options.idle {
         let all: Vec<_> = connections.iter().map(|connection| connection.shared).collect();
         std::thread::spawn(move || {
@@ -207,7 +211,6 @@ fn main() {
     });
     everything.finished.store(true, Ordering::Relaxed);
     company.join();
-    connections.iter().for_each(|connection| socket::part(&connection.fds[0]));
     company::release(holders);
 
     for (mut outcome, connection) in outcomes.into_iter().zip(&connections) {
@@ -234,7 +237,7 @@ fn prepare(options: &Options, fd: OwnedFd) -> Connection {
     Connection { fds, before, shared: company::shared_memory(), reader: None, _odd: odd }
 }
 
-/// All that is said on a connection, but the goodbye.
+/// All that is said on a connection.
 fn talk(options: &Options, side: Side, connection: &Connection, started: Instant) -> Value {
     let Connection { fds, before, shared, .. } = connection;
     let last = Duration::try_from_secs_f64(options.seconds).ok().and_then(|last| started.checked_add(last));
@@ -242,7 +245,7 @@ fn talk(options: &Options, side: Side, connection: &Connection, started: Instant
         Side::Client => End { at: last, bytes: options.bytes },
         Side::Server => End { at: None, bytes: u64::MAX },
     };
-    std::thread::scope(|scope| {
+    let outcome = std::thread::scope(|scope| {
         if options.names {
             scope.spawn(|| socket::watch(&fds[0], before, shared));
         }
@@ -267,7 +270,9 @@ fn talk(options: &Options, side: Side, connection: &Connection, started: Instant
         };
         shared.finished.store(true, Ordering::Relaxed);
         outcome
-    })
+    });
+    socket::part(&fds[0]);
+    outcome
 }
 
 /// Fails when nothing comes for so long. Looks often, so that the end is not held up.
