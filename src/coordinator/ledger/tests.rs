@@ -270,6 +270,20 @@ fn an_order_that_cannot_be_carried_out_is_answered_with_the_reason() {
 }
 
 #[test]
+fn an_order_that_the_decider_refuses_for_good_is_not_asked_for_without_end() {
+    let mut world = World::new();
+    world.refusals[0].extend([Refusal::SocketFilter; 100]);
+    world.learn(0, None);
+    world.learn(1, None);
+    world.at(1, Event::Order(tuple().reversed(), Direction::ToHost));
+    world.wait(Duration::from_secs(10));
+    let answered = world.answers.iter().filter(|(host, _)| *host == 1).collect::<Vec<_>>();
+    assert_eq!(answered, [&(1, Err(Refusal::SocketFilter))]);
+    let asked = world.said.iter().filter(|message| matches!(message, Message::Ask { .. })).count();
+    assert!(asked < 20, "asked {asked} times");
+}
+
+#[test]
 fn a_stop_of_either_host_takes_all_back_and_comes_to_rest() {
     for host in [0, 1] {
         let mut world = World::swapped();

@@ -126,8 +126,10 @@ impl Ledger {
             },
             None => return,
         };
-        let waits = flow.failures > 0 && flow.alarm.is_some_and(|at| at > self.now);
-        if waits {
+        // After a refusal; or the decider was asked a moment ago, and whatever it says about the connection is no reason
+        // to ask again: two routers would do nothing else.
+        let may_wait = flow.failures > 0 || flow.part() == Some(Part::Follower);
+        if may_wait && flow.alarm.is_some_and(|at| at > self.now) {
             return;
         }
         match (home, flow.part()) {
