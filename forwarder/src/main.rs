@@ -7,6 +7,7 @@ mod arch;
 mod exchange;
 mod foothold;
 mod freeze;
+mod heap;
 mod holders;
 mod inject;
 mod inspect;
@@ -81,6 +82,7 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
+    heap::return_large_buffers();
     env_logger::Builder::new().filter_level(arguments.log_level).init();
     probe()?;
     // Before the first thread, so that all inherit it: a stop must not come while a process is frozen.
