@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use serde::{Deserialize, de::DeserializeOwned};
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use crate::{Flow, Host, Status};
@@ -23,13 +23,6 @@ const PATIENCE: Duration = Duration::from_secs(20);
 #[derive(Clone)]
 pub struct Direct {
     path: PathBuf,
-}
-
-/// What came of a move that was ordered.
-#[derive(Debug, Deserialize)]
-pub enum Ordered {
-    Done { pause_us: u64 },
-    Refused(String),
 }
 
 impl Host {
@@ -47,10 +40,11 @@ impl Direct {
         self.ask(&json!("Status"))
     }
 
-    /// Orders a move to or from the host network.
-    pub fn order(&self, conn: &str, to_host: bool) -> Result<Option<Ordered>> {
+    /// Orders a move to or from the host network, and waits until it is done or refused.
+    pub fn order(&self, conn: &str, to_host: bool) -> Result<()> {
         let number = u64::from_str_radix(conn, 16).with_context(|| format!("a connection named {conn}"))?;
-        self.ask(&if to_host { json!({ "Swap": number }) } else { json!({ "SwapBack": number }) })
+        let question = if to_host { json!({ "Swap": number }) } else { json!({ "SwapBack": number }) };
+        self.ask::<Value>(&question).map(drop)
     }
 
     /// `None` if there is no router, or it ended before it answered. One that takes too long is an error.

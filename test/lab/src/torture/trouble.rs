@@ -61,7 +61,7 @@ impl View<'_> {
         let Some(flow) = self.take(place)? else { return Ok(()) };
         let conn = flow.conn.as_deref().context("a connection without a name")?;
         // Refused, or nobody there: the routers count that.
-        self.direct.order(conn, !flow.on_host()).with_context(|| format!("{flow:?}")).map(drop)
+        self.direct.order(conn, !flow.on_host()).with_context(|| format!("{flow:?}"))
     }
 
     /// Each is moved once a list.
