@@ -438,26 +438,32 @@ impl Coordinator {
         Instant::now() + STOP
     }
 
+    /// A router may be stopped before it has reached its forwarder: it is waited for.
+    async fn last_scan(
+        &mut self,
+        forwarder: &mut mpsc::Receiver<ForwarderEvent>,
+    ) -> Option<Vec<SocketRecord>> {
+        let mut asked = self.scan();
+        loop {
+            match forwarder.recv().await? {
+                ForwarderEvent::Up { pid, requests } => {
+                    self.forwarder = Some((pid, requests));
+                    asked = self.scan();
+                }
+                ForwarderEvent::Down => self.forwarder = None,
+                ForwarderEvent::Said(Said::Sockets { seq, sockets }) if Some(seq) == asked => {
+                    return Some(sockets);
+                }
+                ForwarderEvent::Said(_) => {}
+            }
+        }
+    }
+
     /// Take away what nobody needs any more.
     async fn finish(mut self, leave: bool, mut forwarder: mpsc::Receiver<ForwarderEvent>) {
         // The answer to a last question shows that the forwarder has heard all that came before.
-        let last = self.scan();
-        let heard = async {
-            while let Some(event) = forwarder.recv().await {
-                match event {
-                    ForwarderEvent::Down => return None,
-                    ForwarderEvent::Said(Said::Sockets { seq, sockets }) if Some(seq) == last => {
-                        return Some(sockets);
-                    }
-                    ForwarderEvent::Said(_) | ForwarderEvent::Up { .. } => {}
-                }
-            }
-            None
-        };
-        let sockets = match last {
-            Some(_) => timeout(LAST_SCAN, heard).await.ok().flatten(),
-            None => None,
-        };
+        let time = if self.forwarder.is_some() { LAST_SCAN } else { FRESH };
+        let sockets = timeout(time, self.last_scan(&mut forwarder)).await.ok().flatten();
         // What was said last is on its way to the peers.
         let sessions = std::mem::take(&mut self.sessions);
         for sender in sessions.into_values() {
