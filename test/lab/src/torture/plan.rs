@@ -202,7 +202,7 @@ impl Fate {
     /// What comes next, after a pause.
     pub fn next_blow(&mut self) -> (Duration, Blow) {
         let random = &mut self.random;
-        let pause = Duration::from_millis(random.u64(200..3_000));
+        let pause = Duration::from_millis(random.u64(100..1_500));
         let host = random.usize(0..2);
         let kind = if self.kills { random.u32(0..12) } else { random.u32(10..12) };
         let blow = match kind {
