@@ -37,7 +37,7 @@ impl Kind {
             Kind::Threads | Kind::Descriptors | Kind::Sockets | Kind::Orphans => before + 8,
             Kind::MapEntries => before + 16,
             // The allocator's arenas fill up slowly.
-            Kind::MemoryKb => before + before / 4 + 2048,
+            Kind::MemoryKb => before + before / 4 + 4096,
             // They last for a minute, after each connection that ends and each swap back: as many as a minute has.
             Kind::TimeWait => 2 * before + 200,
         }
