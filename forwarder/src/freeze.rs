@@ -31,6 +31,8 @@ use crate::{
 
 /// How long to sleep between two looks at threads that do not stand still yet.
 const POLL: Duration = Duration::from_micros(20);
+/// How long a thread that did not stop in time is waited for, to be put right.
+const LATE: Duration = Duration::from_secs(1);
 
 /// A process all of whose threads stand still.
 pub struct FrozenProcess {
@@ -63,27 +65,58 @@ impl Frozen {
         let mut frozen =
             Frozen { processes: Vec::with_capacity(tgids.len()), seized: HashMap::new(), _here: PhantomData };
         let mut stopped = HashMap::new();
+        if let Err(reason) = frozen.stop_all(tgids, &mut stopped, deadline) {
+            frozen.give_up(tgids, stopped);
+            return Err(reason);
+        }
+        fault::point(Point::Stopped);
+        let mut refusal = None;
+        // Every process is put right, also when another one makes the swap impossible.
         for tgid in tgids {
-            frozen.seize_new_threads(*tgid)?;
+            match frozen.examine(*tgid, &stopped) {
+                Ok(process) => frozen.processes.push(process),
+                Err(reason) => refusal = Some(reason),
+            }
+        }
+        fault::point(Point::Frozen);
+        refusal.map_or(Ok(frozen), Err)
+    }
+
+    fn stop_all(
+        &mut self,
+        tgids: &[Tgid],
+        stopped: &mut HashMap<Tid, Stop>,
+        deadline: Instant,
+    ) -> Result<(), Refusal> {
+        for tgid in tgids {
+            self.seize_new_threads(*tgid)?;
         }
         // A thread that is not stopped yet may make another one: look again until all stand still and none is new.
         loop {
-            frozen.wait_all_stopped(&mut stopped, deadline)?;
+            self.wait_all_stopped(stopped, deadline)?;
             let mut new = 0;
             for tgid in tgids {
-                new += frozen.seize_new_threads(*tgid)?;
+                new += self.seize_new_threads(*tgid)?;
             }
             if new == 0 {
-                break;
+                return Ok(());
             }
         }
-        fault::point(Point::Stopped);
-        for tgid in tgids {
-            let process = frozen.examine(*tgid, &stopped)?;
-            frozen.processes.push(process);
+    }
+
+    /// Not all could be stopped: put right those who stand still and let them go, then those who are late. Each has
+    /// been interrupted, and would see that.
+    fn give_up(mut self, tgids: &[Tgid], mut stopped: HashMap<Tid, Stop>) {
+        for patience in [Duration::ZERO, LATE] {
+            let _ = self.wait_all_stopped(&mut stopped, Instant::now() + patience);
+            for tgid in tgids {
+                let _ = self.examine(*tgid, &stopped);
+            }
+            for (tid, _) in stopped.drain() {
+                let _ = ptrace::detach(Pid::from_raw(tid.0), None);
+                self.seized.remove(&tid);
+            }
         }
-        fault::point(Point::Frozen);
-        Ok(frozen)
     }
 
     pub fn processes(&self) -> &[FrozenProcess] {
@@ -173,11 +206,19 @@ impl Frozen {
         };
         let mut refusal = None;
         for tid in self.seized.iter().filter(|(_, of)| **of == tgid).map(|(tid, _)| *tid) {
-            let regs = read_regs(tid).map_err(|_| Refusal::HolderVanished)?;
+            let Some(stop) = stopped.get(&tid) else {
+                refusal = Some(Refusal::FreezeBudget);
+                continue;
+            };
+            // Killed meanwhile.
+            let Ok(regs) = read_regs(tid) else {
+                refusal = Some(Refusal::HolderVanished);
+                continue;
+            };
             if !arch::is_64_bit(&regs) {
                 return Err(Refusal::Holder32Bit);
             }
-            if stopped.get(&tid) != Some(&Stop::Interrupted) {
+            if *stop != Stop::Interrupted {
                 refusal = Some(Refusal::HolderStopped);
             }
             process.threads.push(FrozenThread { tid, regs, held: None });

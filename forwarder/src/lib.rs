@@ -8,6 +8,7 @@ mod exchange;
 mod fault;
 mod foothold;
 mod freeze;
+mod heap;
 mod holders;
 mod inject;
 mod inspect;
@@ -83,6 +84,7 @@ pub fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
+    heap::return_large_buffers();
     env_logger::Builder::new().filter_level(arguments.log_level).init();
     probe()?;
     // Before the first thread, so that all inherit it: a stop must not come while a process is frozen.

@@ -58,8 +58,10 @@ impl RouterOptions {
     }
 }
 
-const RULE_FOR_ALL_PODS: &str = "type=cidr\nname=pods\nfrom=10.244.0.0/16\nto=10.244.0.0/16\nreverse=false\n";
-const RULE_FOR_ALL_PODS_V6: &str =
+/// What the files `pods` and `pods6` of a host's rules say at first.
+pub const RULE_FOR_ALL_PODS: &str =
+    "type=cidr\nname=pods\nfrom=10.244.0.0/16\nto=10.244.0.0/16\nreverse=false\n";
+pub const RULE_FOR_ALL_PODS_V6: &str =
     "type=cidr\nname=pods6\nfrom=fd00:10:244::/48\nto=fd00:10:244::/48\nreverse=false\n";
 
 impl Host {
@@ -245,6 +247,15 @@ impl Host {
             }
             Ok(pins)
         })
+    }
+
+    /// Puts a rule into the directory that routers read by default, in place of the one of this name, while they run.
+    pub fn replace_rule(&self, name: &str, text: &str) -> Result<()> {
+        // At once: a router that reads in between must not see half a rule.
+        let new = self.place.directory.join(format!("{name}.new"));
+        std::fs::write(&new, text)?;
+        std::fs::rename(&new, self.place.directory.join("rules").join(name))
+            .with_context(|| format!("replacing the rule {name} of {}", self.name))
     }
 
     /// A directory with one rule in it, for [`RouterOptions::with_rules`].

@@ -17,6 +17,7 @@
 
 mod cgroup;
 mod control;
+mod direct;
 mod fault;
 mod host;
 mod keeper;
@@ -37,8 +38,9 @@ use anyhow::{Context, Result};
 
 pub use cgroup::Cgroup;
 pub use control::{Flow, Status};
+pub use direct::Direct;
 pub use fault::Cut;
-pub use host::{Host, RouterOptions};
+pub use host::{Host, RULE_FOR_ALL_PODS, RULE_FOR_ALL_PODS_V6, RouterOptions};
 pub use namespace::Namespace;
 pub use pod::{Family, Pod};
 pub use process::{Finished, Place, Process};

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The lab's command line: a lab to play in, and the benchmark. `test/script.sh` calls it.
+//! The lab's command line: a lab to play in, the benchmark, and torture. `test/script.sh` calls it.
 
 mod bench;
 mod playground;
+mod torture;
 
 use std::process::ExitCode;
 
@@ -38,6 +39,8 @@ enum Command {
         #[command(subcommand)]
         what: Bench,
     },
+    /// Move many connections to and fro while everything around them is killed, restarted and changed.
+    Torture(torture::Options),
     /// Build a lab, say so, and keep it until SIGTERM.
     #[command(hide = true)]
     Hold {
@@ -62,6 +65,7 @@ fn main() -> ExitCode {
         Command::Shell { place, command } => playground::shell(&place, &command),
         Command::Hold { name, state, with_router } => playground::hold(&name, state.as_deref(), with_router),
         Command::Bench { what: Bench::Iperf3(options) } => bench::run(&options),
+        Command::Torture(options) => torture::run(&options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
