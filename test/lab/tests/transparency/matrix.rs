@@ -13,7 +13,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use lab::{DEADLINE, Family, Flow, Pod, Process, Scene, program, transparency, wait_for};
+use lab::{DEADLINE, Family, Flow, Place, Pod, Process, Scene, program, transparency, wait_for};
 
 /// Moves there and back again while a connection is in its state.
 const ROUNDS: u32 = 3;
@@ -103,13 +103,25 @@ pub struct Case {
     pub wrapper: Vec<String>,
     /// Another program that takes the same arguments as the subject.
     pub program: Option<PathBuf>,
+    /// Of the subject.
+    pub environment: Vec<(String, String)>,
+    /// What the subject connects to, instead of the partner's own address.
+    pub connect_to: Option<String>,
     /// Move for as long as the state lasts by itself.
     pub while_it_lasts: bool,
 }
 
 impl From<&'static str> for Case {
     fn from(behaviour: &'static str) -> Case {
-        Case { behaviour, family: Family::V4, wrapper: vec![], program: None, while_it_lasts: false }
+        Case {
+            behaviour,
+            family: Family::V4,
+            wrapper: vec![],
+            program: None,
+            environment: vec![],
+            connect_to: None,
+            while_it_lasts: false,
+        }
     }
 }
 
@@ -128,6 +140,7 @@ impl Case {
             self.wrapper.iter().cloned().chain([path.to_string_lossy().into()]).collect();
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]).args([self.behaviour, "subject", address]);
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         Ok(command)
     }
 }
@@ -142,35 +155,40 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Between the pods `client` and `server`.
+    /// Between the pods `client` and `server`; on the overlay until somebody orders something else.
     pub fn enter(case: &Case) -> Result<Connection> {
         let scene = scene()?;
-        Connection::enter_between(&scene.client, &scene.server, case)
-    }
-
-    pub fn enter_between(client: &Pod, server: &Pod, case: &Case) -> Result<Connection> {
-        let mut connection = Connection::start(client, server, case)?;
-        // The rules have it swapped at once. Sent back by hand, it waits for orders.
-        connection.scene.wait_until_on_host(connection.port)?;
-        connection.move_to("overlay")?;
+        let mut connection = Connection::start(scene.client.place(), &scene.server, case)?;
+        connection.hold()?;
         connection.begin()?;
         Ok(connection)
     }
 
     /// Connected, not yet in the state.
-    pub fn start(client: &Pod, server: &Pod, case: &Case) -> Result<Connection> {
+    pub fn start(client: &Place, server: &Pod, case: &Case) -> Result<Connection> {
+        Connection::start_on(new_port(), client, server, case)
+    }
+
+    pub fn start_on(port: u16, client: &Place, server: &Pod, case: &Case) -> Result<Connection> {
         let scene = scene()?;
-        let port = new_port();
         let address = server.address(case.family, port).to_string();
         let name = |side: &str| format!("{}-{port}-{side}", case.behaviour);
         let mut partner = Command::new(program("behaviour")?);
         partner.args([case.behaviour, "partner", &address]);
         let mut partner = server.spawn(&name("partner"), &mut partner)?;
         partner.wait_until_it_says("listening", DEADLINE)?;
-        let mut subject = client.spawn(&name("subject"), &mut case.subject(&address)?)?;
+        let mut subject = client
+            .spawn(&name("subject"), &mut case.subject(case.connect_to.as_ref().unwrap_or(&address))?)?;
         subject.wait_until_it_says("connected", DEADLINE)?;
         partner.wait_until_it_says("connected", DEADLINE)?;
         Ok(Connection { scene, subject, partner, port, while_it_lasts: case.while_it_lasts })
+    }
+
+    /// The rules have it swapped at once. Sent back by hand, it waits for orders.
+    pub fn hold(&self) -> Result<()> {
+        self.scene.lab.h1.wait_for_flow(self.port, "known", |_| true)?;
+        self.move_to("host")?;
+        self.move_to("overlay")
     }
 
     /// Both into the state.
@@ -198,7 +216,7 @@ impl Connection {
             moved.with_context(|| format!("move {}", moves + 1))?;
             moves += 1;
         }
-        ensure!(moves >= 2, "only {moves} moves while it lasted");
+        ensure!(moves > 0, "it was not moved while it lasted");
         Ok(())
     }
 

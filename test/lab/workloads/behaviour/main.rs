@@ -7,13 +7,19 @@
 //! it would be without anybody moving the connection ends the program with exit code 1 and a line that says what.
 
 mod calls;
+mod churn;
+mod elsewhere;
+mod processes;
 mod readiness;
+mod sharing;
+mod state;
 mod tools;
 mod waits;
 
 use std::{
     net::{SocketAddr, TcpListener, TcpStream},
     os::fd::OwnedFd,
+    path::Path,
     process::ExitCode,
 };
 
@@ -34,6 +40,8 @@ struct Options {
 enum Side {
     Subject,
     Partner,
+    /// Another program in another container, given the socket of the subject.
+    Holder,
 }
 
 /// How a side leaves its connection.
@@ -64,28 +72,60 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<()> {
-    let behaviour = [calls::ALL, waits::ALL, readiness::ALL]
-        .into_iter()
-        .flatten()
-        .find(|behaviour| behaviour.name == options.behaviour)
-        .with_context(|| format!("no behaviour {}", options.behaviour))?;
+    if options.side == Side::Holder {
+        return sharing::has_what_was_passed_on();
+    }
+    if let Some(ending) = churn::ending_of(&options.behaviour) {
+        let run = if options.side == Side::Subject { churn::subject } else { churn::partner };
+        return run(ending, options.address);
+    }
+    let behaviour =
+        [calls::ALL, waits::ALL, elsewhere::ALL, readiness::ALL, sharing::ALL, state::ALL, processes::ALL]
+            .into_iter()
+            .flatten()
+            .find(|behaviour| behaviour.name == options.behaviour)
+            .with_context(|| format!("no behaviour {}", options.behaviour))?;
     let fd: OwnedFd = match options.side {
-        Side::Subject => TcpStream::connect(options.address).context("connect")?.into(),
-        Side::Partner => {
-            let listener = TcpListener::bind(options.address).context("bind")?;
-            say("listening");
-            listener.accept().context("accept")?.0.into()
-        }
+        Side::Subject => connect(options)?,
+        Side::Partner | Side::Holder => accept(options)?,
     };
     say("connected");
     wait_for_line("enter")?;
     let left = match options.side {
         Side::Subject => (behaviour.subject)(fd),
-        Side::Partner => (behaviour.partner)(fd),
+        Side::Partner | Side::Holder => (behaviour.partner)(fd),
     }?;
     if let Left::Usable(fd) = left {
         goodbye(&fd, options.side == Side::Subject).context("the last exchange")?;
     }
     say("ok");
     Ok(())
+}
+
+fn connect(options: &Options) -> Result<OwnedFd> {
+    if options.behaviour == "fast-open" {
+        return tools::connect_with_data(options.address);
+    }
+    if let Some(namespace) = std::env::var_os("BEHAVIOUR_NETWORK") {
+        return tools::connect_in(Path::new(&namespace), options.address);
+    }
+    if let Ok(from) = std::env::var("BEHAVIOUR_BIND") {
+        return tools::connect_from(from.parse()?, options.address);
+    }
+    Ok(TcpStream::connect(options.address).context("connect")?.into())
+}
+
+fn accept(options: &Options) -> Result<OwnedFd> {
+    let listener = TcpListener::bind(options.address).context("bind")?;
+    match options.behaviour.as_str() {
+        "prefork" => {
+            say("listening");
+            sharing::accept_in_a_child(&listener)
+        }
+        "fast-open" => tools::accept_with_data(listener.into()),
+        _ => {
+            say("listening");
+            Ok(listener.accept().context("accept")?.0.into())
+        }
+    }
 }

@@ -5,6 +5,7 @@ use std::{
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
     ptr::null_mut,
     sync::atomic::{AtomicI32, AtomicU32, Ordering},
+    time::Duration,
 };
 
 use anyhow::{Result, ensure};
@@ -13,7 +14,7 @@ use crate::{
     Behaviour, Left,
     Left::Usable,
     calls::speaks,
-    tools::{Child, SPEECH, pipe, raw, receive, say, set_blocking, sys, wait_for_line, write},
+    tools::{Child, SPEECH, is_told, pipe, raw, receive, say, set_blocking, sys, wait_for_line, write},
 };
 
 pub const ALL: &[Behaviour] = &[
@@ -87,12 +88,16 @@ impl Set {
     }
 }
 
+/// Waits in epoll_wait(2) until there is something to read.
+pub fn wait_once(fd: &OwnedFd) -> Result<()> {
+    Set::of(fd, IN)?.expect(IN, -1)
+}
+
 /// Until the state ends: looks all the time, and nothing may have happened.
 fn expect_nothing(mut look: impl FnMut() -> Result<()>) -> Result<()> {
-    let mut stdin = libc::pollfd { fd: 0, events: libc::POLLIN, revents: 0 };
-    // SAFETY: one pollfd.
-    while sys("poll", unsafe { libc::poll(&raw mut stdin, 1, 1) })? == 0 {
+    while !is_told()? {
         look()?;
+        std::thread::sleep(Duration::from_millis(1));
     }
     wait_for_line("leave")
 }
@@ -300,6 +305,8 @@ fn is_signalled(fd: OwnedFd, signal: i32) -> Result<Left> {
     say("ready");
     wait_for_line("leave")?;
     receive(&fd, 0, SPEECH)?;
+    // The reader can be quicker than the signal.
+    std::thread::sleep(Duration::from_millis(200));
     let (signals, descriptor) = (SIGNALS.load(Ordering::Relaxed), DESCRIPTOR.load(Ordering::Relaxed));
     ensure!(signals == 1, "{signals} signals for bytes that came once");
     ensure!(

@@ -3,11 +3,15 @@
 
 use std::{
     io::{BufRead, Write},
-    os::fd::{AsRawFd, OwnedFd, RawFd},
+    net::{SocketAddr, TcpStream},
+    os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
+    path::Path,
+    ptr::null_mut,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, SockaddrIn};
 
 /// What the partner says when the state ends, unless the behaviour is about more.
 pub const SPEECH: usize = 1000;
@@ -26,6 +30,19 @@ pub fn wait_for_line(word: &str) -> Result<()> {
     std::io::stdin().lock().read_line(&mut line).context("standard input")?;
     ensure!(line.trim_end() == word, "`{word}` expected on standard input, {line:?} received");
     Ok(())
+}
+
+/// Has the test sent a line? FIONREAD does not wait, so that no signal can interrupt it.
+pub fn is_told() -> Result<bool> {
+    Ok(unread(0)? > 0)
+}
+
+/// Bytes that have arrived and were not read.
+pub fn unread(fd: RawFd) -> Result<usize> {
+    let mut count = 0i32;
+    // SAFETY: FIONREAD writes an int.
+    sys("FIONREAD", unsafe { libc::ioctl(fd, libc::FIONREAD, &raw mut count) })?;
+    Ok(count as usize)
 }
 
 /// The result of a system call, or its error, EINTR as well.
@@ -176,4 +193,59 @@ impl Drop for Child {
             libc::waitpid(self.0, std::ptr::null_mut(), 0);
         }
     }
+}
+
+/// connect(2) and the first write in one: TCP Fast Open. Without a cookie, which net.ipv4.tcp_fastopen must allow.
+pub fn connect_with_data(address: SocketAddr) -> Result<OwnedFd> {
+    let SocketAddr::V4(address) = address else { bail!("an IPv4 address is needed") };
+    let there = SockaddrIn::from(address);
+    let fd = nix::sys::socket::socket(AddressFamily::Inet, SockType::Stream, SockFlag::empty(), None)?;
+    let sent = nix::sys::socket::sendto(
+        raw(&fd),
+        &pattern(0, SPEECH),
+        &there,
+        MsgFlags::from_bits_retain(libc::MSG_FASTOPEN),
+    )?;
+    ensure!(sent == SPEECH, "{sent} bytes were sent");
+    Ok(fd)
+}
+
+/// The other side: what came with the SYN is there at once.
+pub fn accept_with_data(listener: OwnedFd) -> Result<OwnedFd> {
+    static QUEUE: i32 = 8;
+    let length = size_of::<i32>() as libc::socklen_t;
+    // SAFETY: an int and its size; a new descriptor that is ours.
+    let fd = unsafe {
+        let queue = (&raw const QUEUE).cast();
+        sys(
+            "TCP_FASTOPEN",
+            libc::setsockopt(raw(&listener), libc::IPPROTO_TCP, libc::TCP_FASTOPEN, queue, length),
+        )?;
+        say("listening");
+        OwnedFd::from_raw_fd(sys("accept", libc::accept(raw(&listener), null_mut(), null_mut()))? as i32)
+    };
+    receive(&fd, 0, SPEECH)?;
+    Ok(fd)
+}
+
+/// A socket of another network namespace than this process's.
+pub fn connect_in(namespace: &Path, address: SocketAddr) -> Result<OwnedFd> {
+    let namespace = std::fs::File::open(namespace).context("the namespace")?;
+    let thread = std::thread::spawn(move || {
+        nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET).context("setns")?;
+        Ok(TcpStream::connect(address).context("connect")?.into())
+    });
+    thread.join().map_err(|_| anyhow!("a thread panicked"))?
+}
+
+/// From a port of one's own choice, which a connection before may have had.
+pub fn connect_from(from: SocketAddr, address: SocketAddr) -> Result<OwnedFd> {
+    let (SocketAddr::V4(from), SocketAddr::V4(address)) = (from, address) else {
+        bail!("IPv4 addresses are needed")
+    };
+    let fd = nix::sys::socket::socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    nix::sys::socket::setsockopt(&fd, nix::sys::socket::sockopt::ReuseAddr, &true)?;
+    nix::sys::socket::bind(raw(&fd), &SockaddrIn::from(from)).context("bind")?;
+    nix::sys::socket::connect(raw(&fd), &SockaddrIn::from(address)).context("connect")?;
+    Ok(fd)
 }
