@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/* The subject of the behaviour `pings` in C, to be built in other ways than the one in Rust: without shared libraries,
- * against another C library, for 32 bits. Usage: PROGRAM pings subject ADDRESS:PORT (IPv4). */
+/* The subject of `pings` and `pings-epoll` in C, to be built in other ways than the one in Rust: without shared libraries,
+ * against another C library, for 32 bits. Usage: PROGRAM BEHAVIOUR subject ADDRESS:PORT (IPv4). */
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <poll.h>
@@ -53,14 +53,14 @@ static void write_all(int fd, const void *from, size_t length)
 		fail("write");
 }
 
-/* Waits in epoll_wait, which a stop would end with EINTR. */
+/* With a set it waits in epoll_wait, which a stop would end with EINTR. */
 static void read_all(int fd, int set, unsigned char *to, size_t length)
 {
 	for (size_t at = 0; at < length;) {
 		struct epoll_event event;
 		ssize_t n;
 
-		if (epoll_wait(set, &event, 1, -1) != 1)
+		if (set >= 0 && epoll_wait(set, &event, 1, -1) != 1)
 			fail("epoll_wait");
 		n = read(fd, to + at, length - at);
 		if (n <= 0)
@@ -84,7 +84,7 @@ int main(int count, char **words)
 	struct sockaddr_in there = { .sin_family = AF_INET };
 	struct pollfd input = { .fd = 0, .events = POLLIN };
 	struct epoll_event readable = { .events = EPOLLIN };
-	int fd = socket(AF_INET, SOCK_STREAM, 0), set = epoll_create1(0);
+	int fd = socket(AF_INET, SOCK_STREAM, 0), set = -1;
 	uint32_t number = 0, zero = 0;
 	char *colon = count == 4 ? strrchr(words[3], ':') : NULL;
 
@@ -95,8 +95,11 @@ int main(int count, char **words)
 	inet_pton(AF_INET, words[3], &there.sin_addr);
 	if (connect(fd, (struct sockaddr *)&there, sizeof(there)))
 		fail("connect");
-	if (epoll_ctl(set, EPOLL_CTL_ADD, fd, &readable))
-		fail("epoll_ctl");
+	if (!strcmp(words[1], "pings-epoll")) {
+		set = epoll_create1(0);
+		if (epoll_ctl(set, EPOLL_CTL_ADD, fd, &readable))
+			fail("epoll_ctl");
+	}
 	say("connected");
 	expect_line("enter");
 	say("ready");

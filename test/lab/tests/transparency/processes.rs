@@ -11,7 +11,7 @@ use crate::matrix::{Case, Connection, Group, Row};
 const PROCESSES: Group = Group("Processes");
 
 /// Ignored below, with this reason.
-pub const OPEN: &[(Row, &str)] = &[];
+pub const OPEN: &[(Row, &str)] = &[(EPOLL_WAIT_32, "refused, but the look at it ends its call with EINTR")];
 
 const PINGS: &str = "requests and answers all the time";
 
@@ -30,12 +30,14 @@ fn built(name: &str, compiler: &str) -> Result<Case> {
     command.args(words).args(["-O2", "-Wall", "-o"]).arg(&out).arg(source);
     let output = command.output().with_context(|| format!("starting {compiler}"))?;
     ensure!(output.status.success(), "{compiler}: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(Case { program: Some(out), ..Case::from("pings") })
+    Ok(Case { program: Some(out), ..Case::from("pings-epoll") })
 }
 
 #[test]
 fn a_static_program_goes_on() -> Result<()> {
-    PROCESSES.row("static", "in C, without shared libraries").kept(built("static", "gcc -static")?)
+    PROCESSES
+        .row("static", "in C, waiting in `epoll_wait`, without shared libraries")
+        .kept(built("static", "gcc -static")?)
 }
 
 #[test]
@@ -48,16 +50,28 @@ fn a_static_musl_program_goes_on() -> Result<()> {
     PROCESSES.row("musl, static", "in C, against musl").kept(built("musl-static", "musl-gcc -static")?)
 }
 
-#[test]
-fn a_32_bit_program_stays() -> Result<()> {
-    let row = PROCESSES.row("32-bit", "in C; it waits in `epoll_wait`");
+/// The routers look at it once by themselves, and once more by order.
+fn check_32_bit(row: &Row, behaviour: &'static str) -> Result<()> {
     let scene = crate::matrix::scene()?;
-    let case = built("32", "gcc -m32")?;
+    let case = Case { behaviour, ..built("32", "gcc -m32")? };
     let mut connection = Connection::start(scene.client.place(), &scene.server, &case)?;
     connection.begin()?;
     let refused = connection.expect_refused("no_injection_room");
     connection.leave_after(refused)?;
     row.is_refused("no_injection_room")
+}
+
+#[test]
+fn a_32_bit_program_stays() -> Result<()> {
+    check_32_bit(&PROCESSES.row("32-bit", "in C; requests and answers all the time"), "pings")
+}
+
+const EPOLL_WAIT_32: Row = PROCESSES.row("32-bit, in `epoll_wait`", "the same, waiting for each answer");
+
+#[test]
+#[ignore = "open: refused, but the look at it ends its call with EINTR"]
+fn a_32_bit_program_in_epoll_wait_stays() -> Result<()> {
+    check_32_bit(&EPOLL_WAIT_32, "pings-epoll")
 }
 
 #[test]

@@ -16,7 +16,8 @@ use crate::{
     Behaviour, Left,
     Left::Usable,
     tools::{
-        SPEECH, expect_pattern, pattern, pipe, raw, read, receive, say, speak, sys, wait_for_line, write,
+        SPEECH, expect_pattern, is_told, pattern, pipe, raw, read, receive, say, speak, sys, wait_for_line,
+        write,
     },
 };
 
@@ -56,17 +57,17 @@ fn speaks_in_two_halves(fd: OwnedFd) -> Result<Left> {
     Ok(Usable(fd))
 }
 
-/// Takes about two seconds.
+/// Slow until the state is to end: the writer waits for most of the time.
 fn listens_slowly<const MEGABYTES: usize>(fd: OwnedFd) -> Result<Left> {
-    const STEPS: usize = 100;
-    let step = MEGABYTES * MEGABYTE / STEPS / 8 * 8;
+    const STEP: usize = 32 << 10;
     say("ready");
-    for number in 0..STEPS {
-        let last = number == STEPS - 1;
-        let length = if last { MEGABYTES * MEGABYTE - step * (STEPS - 1) } else { step };
-        receive(&fd, number * step, length)?;
-        std::thread::sleep(Duration::from_millis(20));
+    for from in (0..MEGABYTES * MEGABYTE).step_by(STEP) {
+        receive(&fd, from, STEP)?;
+        if !is_told()? {
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
+    wait_for_line("leave")?;
     Ok(Usable(fd))
 }
 
@@ -122,7 +123,6 @@ fn write_64_megabytes(fd: OwnedFd) -> Result<Left> {
     let bytes = pattern(0, 64 * MEGABYTE);
     say("ready");
     write(&fd, &bytes)?;
-    say("over");
     Ok(Usable(fd))
 }
 
@@ -132,7 +132,6 @@ fn send_64_megabytes(fd: OwnedFd) -> Result<Left> {
     // SAFETY: the bytes are valid for their length.
     let n = sys("send", unsafe { libc::send(raw(&fd), bytes.as_ptr().cast(), bytes.len(), 0) } as i64)?;
     ensure!(n == bytes.len(), "a short send: {n} of {} bytes", bytes.len());
-    say("over");
     Ok(Usable(fd))
 }
 
@@ -154,7 +153,6 @@ fn sendfile_64_megabytes(fd: OwnedFd) -> Result<Left> {
     let n =
         sys("sendfile", unsafe { libc::sendfile(raw(&fd), file.as_raw_fd(), null_mut(), length) } as i64)?;
     ensure!(n == length, "a short sendfile: {n} of {length} bytes");
-    say("over");
     Ok(Usable(fd))
 }
 
@@ -179,7 +177,6 @@ fn splice_out(fd: OwnedFd) -> Result<Left> {
         }
         writer.join().map_err(|_| anyhow::anyhow!("the writer panicked"))?
     })?;
-    say("over");
     Ok(Usable(fd))
 }
 
@@ -216,7 +213,6 @@ fn sendmsg_of_many_parts(fd: OwnedFd) -> Result<Left> {
     // SAFETY: the message points to parts of the bytes; all live through the call.
     let n = sys("sendmsg", unsafe { libc::sendmsg(raw(&fd), &raw const message, 0) } as i64)?;
     ensure!(n == bytes.len(), "a short sendmsg: {n} of {} bytes", bytes.len());
-    say("over");
     Ok(Usable(fd))
 }
 
@@ -227,7 +223,6 @@ fn writev_of_many_parts(fd: OwnedFd) -> Result<Left> {
     // SAFETY: the parts point to the bytes, which live through the call.
     let n = sys("writev", unsafe { libc::writev(raw(&fd), parts.as_ptr(), parts.len() as i32) } as i64)?;
     ensure!(n == bytes.len(), "a short writev: {n} of {} bytes", bytes.len());
-    say("over");
     Ok(Usable(fd))
 }
 
@@ -245,7 +240,6 @@ fn sendmmsg_of_large_messages(fd: OwnedFd) -> Result<Left> {
     for message in &messages {
         ensure!(message.msg_len as usize == length, "a short message: {} of {length} bytes", message.msg_len);
     }
-    say("over");
     Ok(Usable(fd))
 }
 

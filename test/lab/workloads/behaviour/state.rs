@@ -42,6 +42,7 @@ pub const ALL: &[Behaviour] = &[
     Behaviour { name: "linger-close", subject: lingers, partner: reads_slowly_to_the_end },
     Behaviour { name: "close-unread", subject: closes_with_unread_bytes, partner: has_spoken_and_is_reset },
     Behaviour { name: "pings", subject: asks, partner: answers },
+    Behaviour { name: "pings-epoll", subject: asks, partner: answers },
 ];
 
 // linux/tcp.h and asm-generic/socket.h; not in the libc crate.
