@@ -45,7 +45,10 @@ fn a_recv_with_msg_waitall_gets_everything() -> Result<()> {
         .kept("recv-waitall")
 }
 
-const RECVMSG_WAITALL: Row = CALLS.row("`recvmsg` with MSG_WAITALL", "the same, into eight buffers");
+const RECVMSG_WAITALL: Row = CALLS.row(
+    "`recvmsg` with MSG_WAITALL",
+    "into eight buffers; half of a megabyte is there before the moves, half comes afterwards",
+);
 
 #[test]
 #[ignore = "open: it returns with the bytes that were there"]
@@ -228,7 +231,10 @@ fn connect_on_another_socket_waits_on() -> Result<()> {
         .kept("connect")
 }
 
-const CONNECT_TIME: Row = CALLS.row("`connect` with SO_SNDTIMEO on another socket", "the same");
+const CONNECT_TIME: Row = CALLS.row(
+    "`connect` with SO_SNDTIMEO on another socket",
+    "the listener's queue is full until the moves are over",
+);
 
 #[test]
 #[ignore = "open: it ends with EINTR"]

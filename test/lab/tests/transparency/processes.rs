@@ -66,7 +66,8 @@ fn a_32_bit_program_stays() -> Result<()> {
     check_32_bit(&PROCESSES.row("32-bit", "in C; requests and answers all the time"), "pings")
 }
 
-const EPOLL_WAIT_32: Row = PROCESSES.row("32-bit, in `epoll_wait`", "the same, waiting for each answer");
+const EPOLL_WAIT_32: Row =
+    PROCESSES.row("32-bit, in `epoll_wait`", "in C; it waits for each answer in `epoll_wait`");
 
 #[test]
 #[ignore = "open: refused, but the look at it ends its call with EINTR"]

@@ -83,7 +83,7 @@ fn a_vfork_in_progress_is_not_disturbed() -> Result<()> {
 }
 
 const VFORK_BESIDE_EPOLL: Row =
-    SHARING.row("vfork in progress, another thread in `epoll_wait`", "its call goes on");
+    SHARING.row("vfork in progress, another thread in `epoll_wait`", "the call of the other goes on");
 
 #[test]
 #[ignore = "open: refused, but a freeze that is given up ends calls of the others with EINTR"]
@@ -99,7 +99,7 @@ fn a_traced_process_stays() -> Result<()> {
 }
 
 const TRACED_CHILD: Row =
-    SHARING.row("a holder is being traced, another in `epoll_wait`", "its call goes on");
+    SHARING.row("a holder is being traced, another in `epoll_wait`", "the call of the other goes on");
 
 #[test]
 #[ignore = "open: refused, but a freeze that is given up ends calls of the others with EINTR"]
