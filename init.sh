@@ -9,6 +9,7 @@ packages=(
     bpftool                                                      # vmlinux.h, and looking at what was loaded
     iproute2 procps util-linux nftables                          # the lab
     iperf3 sockperf                                              # the benchmark
+    nftables musl-tools gcc-multilib                             # the matrix: NAT, and programs of other kinds
     qemu-system-x86 busybox-static cpio jq                       # the second kernel
 )
 if [[ ${1:-} == programs ]]; then

@@ -29,11 +29,13 @@ if ((${#words[@]} == 0)); then
     cargo test --release --locked --workspace --exclude lab
 fi
 # What is measured and what is stopped is sensitive to company: one lab at a time.
-for file in test/lab/tests/*.rs; do
-    name=$(basename "$file" .rs)
+for file in test/lab/tests/*.rs test/lab/tests/*/main.rs; do
+    name=$(basename "${file%/main.rs}" .rs)
     [[ $name != programs || $programs == yes ]] || continue
     if ((${#words[@]} == 0)) || [[ " ${words[*]} " == *" $name "* ]]; then
+        [[ $name != transparency ]] || target/release/lab transparency --clear
         cargo test --release --locked -p lab --test "$name" -- --test-threads 1
+        [[ $name != transparency ]] || target/release/lab transparency
     fi
 done
 if ((${#words[@]} == 0)); then

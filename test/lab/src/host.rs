@@ -266,7 +266,7 @@ impl Host {
         Ok(directory)
     }
 
-    pub(crate) fn show_logs(&self) {
+    pub fn show_logs(&self) {
         let state = self.state();
         for process in [&state.router, &state.forwarder].into_iter().flatten() {
             process.show();
