@@ -20,7 +20,7 @@ use nix::sys::{
 use crate::{
     fault::{self, Point},
     freeze::Frozen,
-    holders::{Holders, plan},
+    holders::{Descriptors, Holders, Table, plan},
     inject::{Block, Carried, Done, Gate, Lend, RECOVERY, channel},
     inspect::{InspectError, Inspector, SocketFacts},
     options::{self, SendRoom},
@@ -236,7 +236,8 @@ impl Armed {
         self.gate.open()?;
         fault::point(Point::Opened);
         let deadline = Instant::now() + INSTALL_TIME;
-        let mut result = Ok(Installed { heard: true });
+        // None: no process is left that could have them.
+        let mut result = Err(Refusal::HolderVanished);
         for (tgid, block) in self.blocks {
             let done = match frozen.process(tgid) {
                 Some(process) => block.finish(process, deadline),
@@ -244,11 +245,12 @@ impl Armed {
             };
             fault::point(Point::Finishing);
             match done {
-                // An error: the process has ended, or its block is slow and goes to its end without us. What is past the
-                // gate cannot be called back.
-                Ok(Done::Replaced { heard: true }) | Err(_) => {}
-                Ok(Done::Replaced { heard: false }) => result = result.map(|_| Installed { heard: false }),
+                // The process has ended.
+                Err(Refusal::HolderVanished) => {}
+                Ok(Done::Replaced { heard }) => result = Ok(Installed { heard }),
                 Ok(Done::TurnedBack) => result = Err(Refusal::PeerAborted),
+                // Its block is slow and goes to its end without us. What is past the gate cannot be called back.
+                Err(_) => result = Ok(Installed { heard: false }),
             }
         }
         for (index, room) in self.rooms {
@@ -294,13 +296,28 @@ fn barrier() -> Result<(OwnedFd, OwnedFd), Refusal> {
     Ok((collects, tells))
 }
 
+/// Descriptors as they are, now that nobody changes them.
+struct Live;
+
+impl Descriptors for Live {
+    fn close_on_exec(&self, table: &Table, fd: RemoteFd) -> bool {
+        process::open_flags(table.tid, fd).is_ok_and(|flags| flags & libc::O_CLOEXEC != 0)
+    }
+
+    fn is_registered(&self, table: &Table, epoll: RemoteFd, fd: RemoteFd) -> bool {
+        process::is_registered(table.tid, epoll, fd)
+    }
+
+    fn epoll_sets(&self, table: &Table) -> Vec<RemoteFd> {
+        process::epoll_sets(table.tid)
+    }
+}
+
 /// What each frozen process has to do, its lead first. Those with nothing to replace only hold their threads.
 fn plans(frozen: &Frozen, pairs: &[Substitution<'_>]) -> Result<Vec<(Tgid, Plan)>, Refusal> {
     let mut tables: BTreeMap<u64, Plan> = BTreeMap::new();
     for (index, pair) in pairs.iter().enumerate() {
-        plan(&mut tables, pair.holders, &pair.facts, index, |table, fd: RemoteFd| {
-            process::open_flags(table.tid, fd).is_ok_and(|flags| flags & libc::O_CLOEXEC != 0)
-        })?;
+        plan(&mut tables, pair.holders, &pair.facts, index, &Live)?;
     }
     let mut plans: BTreeMap<Tgid, Plan> =
         frozen.processes().iter().map(|process| (process.tgid, Plan::default())).collect();

@@ -22,7 +22,7 @@ use forwarder_api::Refusal;
 use nix::{errno::Errno, sys::ptrace, unistd::Pid};
 
 use crate::{
-    arch::{self, Interrupted, Partial, Regs},
+    arch::{self, Interrupted, Partial, Regs, Vector},
     fault::{self, Point},
     foothold::Foothold,
     process::{self, Memory, RemoteAddr, RemoteFd, Tgid, Tid},
@@ -289,22 +289,62 @@ impl FrozenProcess {
                 Ok(())
             }
             Interrupted::Transfer(partial) => self.finish_later(index, &partial),
-            Interrupted::Vector { fd } if !is_blocking(tid, RemoteFd(fd)) => Ok(()),
-            Interrupted::Vector { .. } => Err(Refusal::UnfinishedCall),
+            Interrupted::Vector(vector) if vector.dont_wait || !is_blocking(tid, RemoteFd(vector.fd)) => {
+                Ok(())
+            }
+            Interrupted::Vector(vector) => self.finish_vector_later(index, &vector),
         }
     }
 
     fn finish_later(&mut self, index: usize, partial: &Partial) -> Result<(), Refusal> {
-        let FrozenThread { tid, regs, .. } = self.threads[index];
+        let FrozenThread { regs, .. } = self.threads[index];
+        let frame = self.resume_frame(&regs)?;
+        self.enter_resume(index, arch::resume(&regs, partial, self.foothold.at.0, frame))
+    }
+
+    /// More pieces than this are not continued: they would need too much of the thread's stack.
+    const MAX_PIECES: u64 = 64;
+
+    fn finish_vector_later(&mut self, index: usize, vector: &Vector) -> Result<(), Refusal> {
+        let FrozenThread { regs, .. } = self.threads[index];
         let vanished = |_| Refusal::HolderVanished;
-        let frame = if self.foothold.is_in_resume(regs.rip) {
-            let mut frame = [0; arch::RESUME_FRAME_LEN];
-            self.memory.read(RemoteAddr(regs.rsp), &mut frame).map_err(vanished)?;
-            Some(frame)
-        } else {
-            None
-        };
-        let resume = arch::resume(&regs, partial, self.foothold.at.0, frame);
+        let mut header = [0; arch::MSGHDR_LEN];
+        if let Some(at) = vector.header_at(&regs) {
+            self.memory.read(RemoteAddr(at), &mut header).map_err(vanished)?;
+        }
+        let (at, count) = vector.array(&regs, &header);
+        if count > libc::UIO_MAXIOV as u64 {
+            return Err(Refusal::UnfinishedCall);
+        }
+        let mut array = vec![0; count as usize * arch::IOVEC_LEN];
+        self.memory.read(RemoteAddr(at), &mut array).map_err(vanished)?;
+        let word = |bytes: &[u8]| bytes.first_chunk().copied().map_or(0, u64::from_le_bytes);
+        let pieces: Vec<(u64, u64)> =
+            array.chunks_exact(arch::IOVEC_LEN).map(|piece| (word(piece), word(&piece[8..]))).collect();
+        let left = arch::pieces_left(&pieces, vector.moved);
+        if left.is_empty() {
+            return Ok(());
+        }
+        // The stop has cut the call short all the same: nothing can be done about that.
+        if left.len() as u64 > Self::MAX_PIECES {
+            return Err(Refusal::UnfinishedCall);
+        }
+        let frame = self.resume_frame(&regs)?;
+        self.enter_resume(index, arch::resume_vector(&regs, vector, &left, self.foothold.at.0, frame))
+    }
+
+    /// The frame of a thread that stands in the resume code already.
+    fn resume_frame(&self, regs: &Regs) -> Result<Option<[u8; arch::RESUME_FRAME_LEN]>, Refusal> {
+        if !self.foothold.is_in_resume(regs.rip) {
+            return Ok(None);
+        }
+        let mut frame = [0; arch::RESUME_FRAME_LEN];
+        self.memory.read(RemoteAddr(regs.rsp), &mut frame).map_err(|_| Refusal::HolderVanished)?;
+        Ok(Some(frame))
+    }
+
+    fn enter_resume(&mut self, index: usize, resume: arch::Resume) -> Result<(), Refusal> {
+        let tid = self.threads[index].tid;
         self.memory.write(RemoteAddr(resume.frame_at), &resume.frame).map_err(|_| Refusal::UnfinishedCall)?;
         self.threads[index].regs = resume.regs;
         write_regs(tid, resume.regs).map_err(|_| Refusal::HolderVanished)

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use forwarder_api::Refusal;
 
 use crate::{
-    inspect::{Descriptor, Kind, SocketFacts},
+    inspect::{Descriptor, Kind, SocketFacts, Watcher},
     process::{RemoteFd, Tgid, Tid},
     table::{Plan, Replacement, WatcherPlan},
 };
@@ -75,6 +75,14 @@ impl Holders {
     }
 }
 
+/// What the descriptors of frozen processes are.
+pub trait Descriptors {
+    fn close_on_exec(&self, table: &Table, fd: RemoteFd) -> bool;
+    /// Is `fd`, as it is now, registered in the epoll set `epoll`?
+    fn is_registered(&self, table: &Table, epoll: RemoteFd, fd: RemoteFd) -> bool;
+    fn epoll_sets(&self, table: &Table) -> Vec<RemoteFd>;
+}
+
 /// What to do to each table so that socket `index` takes the place of the one that `holders` hold, while `facts` is
 /// what it looks like. Plans are added to those of other sockets of the same tables.
 pub fn plan(
@@ -82,7 +90,7 @@ pub fn plan(
     holders: &Holders,
     facts: &SocketFacts,
     index: usize,
-    close_on_exec: impl Fn(&Table, RemoteFd) -> bool,
+    descriptors: &impl Descriptors,
 ) -> Result<(), Refusal> {
     if facts.watchers_left_out {
         return Err(Refusal::EpollUnreachable);
@@ -90,30 +98,60 @@ pub fn plan(
     if has_fired_one_shot(facts) {
         return Err(Refusal::OneShotFired);
     }
-    for watcher in &facts.watchers {
-        let fd = RemoteFd(watcher.fd as i32);
-        // A registration is named by set and descriptor: somebody must have both.
-        let (table, epoll) = holders
-            .tables
-            .iter()
-            .filter(|table| table.fds.contains(&fd))
-            .find_map(|table| {
-                let epoll = table.epolls.iter().find(|(epoll, _)| *epoll == watcher.epoll)?;
-                Some((table, epoll.1))
-            })
-            .ok_or(Refusal::EpollUnreachable)?;
+    for (watcher, table, epoll) in registrations(holders, facts, descriptors)? {
         let plan = plans.entry(table.table).or_default();
+        let fd = RemoteFd(watcher.fd as i32);
         plan.watchers.push(WatcherPlan { epoll, fd, events: watcher.events, data: watcher.data });
     }
     for table in &holders.tables {
         let plan = plans.entry(table.table).or_default();
         plan.replacements.extend(table.fds.iter().map(|fd| Replacement {
             fd: *fd,
-            close_on_exec: close_on_exec(table, *fd),
+            close_on_exec: descriptors.close_on_exec(table, *fd),
             socket: index,
         }));
     }
     Ok(())
+}
+
+/// Where each registration can be changed: it is named by set and descriptor, and somebody must have both.
+///
+/// The list in `holders` was made while the processes ran: a set that is not where it was then is found only if there is
+/// no doubt which one it is.
+fn registrations<'a>(
+    holders: &'a Holders,
+    facts: &'a SocketFacts,
+    descriptors: &impl Descriptors,
+) -> Result<Vec<(&'a Watcher, &'a Table, RemoteFd)>, Refusal> {
+    let mut found: Vec<(&Watcher, &Table, RemoteFd)> = Vec::new();
+    let mut lost = Vec::new();
+    for watcher in &facts.watchers {
+        let fd = RemoteFd(watcher.fd as i32);
+        let listed = holders.tables.iter().filter(|table| table.fds.contains(&fd)).find_map(|table| {
+            let (_, epoll) = table.epolls.iter().find(|(epoll, _)| *epoll == watcher.epoll)?;
+            descriptors.is_registered(table, *epoll, fd).then_some((watcher, table, *epoll))
+        });
+        match listed {
+            Some(listed) => found.push(listed),
+            None => lost.push(watcher),
+        }
+    }
+    let [watcher] = lost[..] else {
+        return if lost.is_empty() { Ok(found) } else { Err(Refusal::EpollUnreachable) };
+    };
+    let fd = RemoteFd(watcher.fd as i32);
+    let taken =
+        |table: &Table, epoll| found.iter().any(|(_, of, taken)| of.table == table.table && *taken == epoll);
+    let candidates: Vec<(&Table, RemoteFd)> = holders
+        .tables
+        .iter()
+        .filter(|table| table.fds.contains(&fd))
+        .flat_map(|table| descriptors.epoll_sets(table).into_iter().map(move |epoll| (table, epoll)))
+        .filter(|(table, epoll)| !taken(table, *epoll) && descriptors.is_registered(table, *epoll, fd))
+        .collect();
+    let [(table, epoll)] = candidates[..] else { return Err(Refusal::EpollUnreachable) };
+    found.push((watcher, table, epoll));
+    Ok(found)
 }
 
 /// EP_PRIVATE_BITS of fs/eventpoll.c: all that is left of a one-shot registration that has fired.
@@ -134,7 +172,6 @@ mod tests {
     use std::net::{Ipv4Addr, SocketAddr};
 
     use super::*;
-    use crate::inspect::Watcher;
 
     const ME: Tgid = Tgid(1);
     const ADDRESS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 1);
@@ -188,6 +225,23 @@ mod tests {
         }
     }
 
+    /// These are all the epoll sets, and everything is registered in them.
+    struct Sets(Vec<i32>);
+
+    impl Descriptors for Sets {
+        fn close_on_exec(&self, _: &Table, _: RemoteFd) -> bool {
+            false
+        }
+
+        fn is_registered(&self, _: &Table, epoll: RemoteFd, _: RemoteFd) -> bool {
+            self.0.contains(&epoll.0)
+        }
+
+        fn epoll_sets(&self, _: &Table) -> Vec<RemoteFd> {
+            self.0.iter().copied().map(RemoteFd).collect()
+        }
+    }
+
     #[test]
     fn a_shared_table_counts_once_but_all_its_processes_are_frozen() {
         let holders = Holders::of(100, &[tcp(10, 7, 3), tcp(11, 7, 3), tcp(1, 9, 5)], ME);
@@ -209,7 +263,7 @@ mod tests {
         let holders = Holders::of(100, &listed, ME);
         let facts = watched(vec![Watcher { epoll: 55, fd: 3, events: 1, data: 9 }]);
         let mut plans = BTreeMap::new();
-        plan(&mut plans, &holders, &facts, 0, |_, _| false).unwrap();
+        plan(&mut plans, &holders, &facts, 0, &Sets(vec![4])).unwrap();
         assert_eq!(plans.values().map(|plan| plan.watchers.len()).sum::<usize>(), 1);
         assert!(plans.values().all(|plan| plan.replacements.len() == 1));
     }
@@ -219,9 +273,26 @@ mod tests {
         let holders = Holders::of(100, &[tcp(10, 7, 3)], ME);
         let facts = watched(vec![Watcher { epoll: 55, fd: 3, events: 1, data: 9 }]);
         assert_eq!(
-            plan(&mut BTreeMap::new(), &holders, &facts, 0, |_, _| false),
+            plan(&mut BTreeMap::new(), &holders, &facts, 0, &Sets(vec![])),
             Err(Refusal::EpollUnreachable)
         );
+    }
+
+    #[test]
+    fn an_epoll_set_that_was_made_anew_is_found_where_it_is_if_there_is_no_doubt() {
+        let holders = Holders::of(100, &[tcp(10, 7, 3), epoll(10, 7, 4, 55)], ME);
+        let watcher = |epoll| Watcher { epoll, fd: 3, events: 1, data: 9 };
+        let check = |watchers, sets: &[i32]| {
+            let mut plans = BTreeMap::new();
+            plan(&mut plans, &holders, &watched(watchers), 0, &Sets(sets.to_vec()))?;
+            Ok(plans[&7].watchers.iter().map(|watcher| watcher.epoll.0).collect::<Vec<_>>())
+        };
+        assert_eq!(check(vec![watcher(66)], &[5]), Ok(vec![5]));
+        assert_eq!(check(vec![watcher(55), watcher(66)], &[4, 5]), Ok(vec![4, 5]));
+        // The listed one has gone, and another took its number or its address.
+        assert_eq!(check(vec![watcher(55)], &[5]), Ok(vec![5]));
+        assert_eq!(check(vec![watcher(66)], &[5, 6]), Err(Refusal::EpollUnreachable));
+        assert_eq!(check(vec![watcher(66), watcher(77)], &[5, 6]), Err(Refusal::EpollUnreachable));
     }
 
     #[test]
@@ -229,7 +300,7 @@ mod tests {
         let holders = Holders::of(100, &[tcp(10, 7, 3), epoll(10, 7, 4, 55)], ME);
         let check = |events, expected| {
             let facts = watched(vec![Watcher { epoll: 55, fd: 3, events, data: 9 }]);
-            assert_eq!(plan(&mut BTreeMap::new(), &holders, &facts, 0, |_, _| false), expected);
+            assert_eq!(plan(&mut BTreeMap::new(), &holders, &facts, 0, &Sets(vec![4])), expected);
         };
         let oneshot = libc::EPOLLONESHOT as u32;
         check(oneshot | libc::EPOLLIN as u32, Ok(()));

@@ -87,6 +87,41 @@ pub fn socket_inode(tid: Tid, fd: RemoteFd) -> Option<u64> {
     link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
 }
 
+/// Is descriptor `fd` of a process, as it is now, registered in its epoll set `epoll`? By kcmp(2), KCMP_EPOLL_TFD.
+pub fn is_registered(tid: Tid, epoll: RemoteFd, fd: RemoteFd) -> bool {
+    const KCMP_EPOLL_TFD: libc::c_int = 7;
+    /// `struct kcmp_epoll_slot` of linux/kcmp.h.
+    #[repr(C)]
+    struct Slot {
+        epoll: u32,
+        target: u32,
+        offset: u32,
+    }
+    let slot = Slot { epoll: epoll.0 as u32, target: fd.0 as u32, offset: 0 };
+    // SAFETY: kcmp(2) takes integers, and for this kind reads a struct kcmp_epoll_slot from the last one.
+    let ret = unsafe { libc::syscall(libc::SYS_kcmp, tid.0, tid.0, KCMP_EPOLL_TFD, fd.0, &raw const slot) };
+    ret == 0
+}
+
+/// All descriptors of a process that are epoll sets.
+pub fn epoll_sets(tid: Tid) -> Vec<RemoteFd> {
+    let Ok(entries) = std::fs::read_dir(format!("/proc/{}/fd", tid.0)) else { return vec![] };
+    let is_set = |path: std::path::PathBuf| {
+        std::fs::read_link(path).is_ok_and(|link| link.as_os_str() == "anon_inode:[eventpoll]")
+    };
+    let sets = entries.flatten().filter(|entry| is_set(entry.path()));
+    sets.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).map(RemoteFd).collect()
+}
+
+/// Does a process run a 32-bit program? By the class in its ELF head.
+pub fn is_32_bit(tgid: Tgid) -> bool {
+    const EI_CLASS: u64 = 4;
+    const ELFCLASS32: u8 = 1;
+    let mut class = [0];
+    let exe = File::open(format!("/proc/{}/exe", tgid.0));
+    exe.and_then(|exe| exe.read_exact_at(&mut class, EI_CLASS)).is_ok() && class == [ELFCLASS32]
+}
+
 /// The inode number of the network namespace that a process is in.
 pub fn network_namespace(tgid: Tgid) -> io::Result<u32> {
     use std::os::unix::fs::MetadataExt;

@@ -169,6 +169,9 @@ impl Site {
             options::may_be_carried(old.as_fd())?;
         }
         let holders = Holders::of(facts.file, listed, self.own);
+        if holders.tgids.iter().any(|tgid| process::is_32_bit(*tgid)) {
+            return Err(Refusal::Holder32Bit);
+        }
         // References are counted when all holders are frozen: until then, calls in progress take some of their own.
         Ok(PreparedEnd { old, holders, v6: facts.v6 })
     }

@@ -55,7 +55,7 @@ pub enum Refusal {
 
 impl Refusal {
     /// Every variant, in the order of the enum.
-    pub const ALL: [Refusal; 43] = {
+    pub const ALL: [Refusal; 44] = {
         use Refusal::*;
         [
             NoRuleMatches,

@@ -407,7 +407,7 @@ fn restart(regs: &mut Regs) {
 
 /// Calls that end with EINTR when a thread is stopped, although no signal came: signal(7), "Interruption of system
 /// calls by stop signals" and the calls that are never restarted. Repeating them is what the program expects.
-const NEVER_RESTARTED: [libc::c_long; 19] = [
+const NEVER_RESTARTED: [libc::c_long; 21] = [
     libc::SYS_epoll_wait,
     libc::SYS_epoll_pwait,
     libc::SYS_epoll_pwait2,
@@ -424,6 +424,9 @@ const NEVER_RESTARTED: [libc::c_long; 19] = [
     libc::SYS_accept,
     libc::SYS_accept4,
     libc::SYS_semtimedop,
+    libc::SYS_semop,
+    // Of a blocking socket with SO_SNDTIMEO; made again, it goes on waiting.
+    libc::SYS_connect,
     libc::SYS_rt_sigtimedwait,
     libc::SYS_io_getevents,
     libc::SYS_io_uring_enter,
@@ -441,6 +444,33 @@ pub struct Partial {
     /// The call is one that waits for all of its bytes only on a blocking descriptor, and these flags (of send(2) or
     /// recv(2)) forbid it to wait.
     pub dont_wait: bool,
+}
+
+/// A call with a `struct iovec` array, or a `struct msghdr` that points to one, that moved some bytes before it was
+/// stopped: perhaps all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Vector {
+    pub fd: i32,
+    pub moved: u64,
+    pub dont_wait: bool,
+    message: bool,
+}
+
+/// Bytes of a `struct iovec` and of a `struct msghdr`.
+pub const IOVEC_LEN: usize = 16;
+pub const MSGHDR_LEN: usize = 56;
+
+impl Vector {
+    /// Where its `struct msghdr` is, if it has one.
+    pub fn header_at(&self, regs: &Regs) -> Option<u64> {
+        self.message.then_some(regs.rsi)
+    }
+
+    /// Address and length of its array of `struct iovec`s. `header`: the bytes at [`Vector::header_at`].
+    pub fn array(&self, regs: &Regs, header: &[u8; MSGHDR_LEN]) -> (u64, u64) {
+        let word = |at: usize| header[at..].first_chunk().copied().map_or(0, u64::from_le_bytes);
+        if self.message { (word(16), word(24)) } else { (regs.rsi, regs.rdx) }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -469,8 +499,8 @@ pub enum Interrupted {
     Call,
     /// It would see less moved than asked for. Matters only on a blocking descriptor.
     Transfer(Partial),
-    /// The same, in a call that [`resume`] cannot continue.
-    Vector { fd: i32 },
+    /// The same, in a call whose bytes are in several places: see [`Vector`].
+    Vector(Vector),
 }
 
 pub fn interrupted(regs: &Regs) -> Interrupted {
@@ -492,6 +522,10 @@ pub fn interrupted(regs: &Regs) -> Interrupted {
             Interrupted::No
         }
     };
+    let vector = |flags: Option<u64>| {
+        let dont_wait = flags.is_some_and(|flags| flags & (libc::MSG_DONTWAIT | libc::MSG_PEEK) as u64 != 0);
+        Interrupted::Vector(Vector { fd: regs.rdi as i32, moved, message: flags.is_some(), dont_wait })
+    };
     let (rsi, rdx) = (Some(Argument::Rsi), Argument::Rdx);
     match number {
         libc::SYS_write => partial(regs.rdi, rdx, regs.rdx, rsi, false),
@@ -501,7 +535,9 @@ pub fn interrupted(regs: &Regs) -> Interrupted {
             partial(regs.rdi, rdx, regs.rdx, rsi, dont_wait)
         }
         libc::SYS_sendfile => partial(regs.rdi, Argument::R10, regs.r10, None, false),
-        libc::SYS_writev | libc::SYS_sendmsg => Interrupted::Vector { fd: regs.rdi as i32 },
+        libc::SYS_writev => vector(None),
+        libc::SYS_sendmsg => vector(Some(regs.rdx)),
+        libc::SYS_recvmsg if regs.rdx & libc::MSG_WAITALL as u64 != 0 => vector(Some(regs.rdx)),
         _ => Interrupted::No,
     }
 }
@@ -520,8 +556,76 @@ pub fn repeat_call(regs: &Regs) -> Regs {
 /// A thread that finishes its call in the resume code: where its frame goes, what is in it, and its registers.
 pub struct Resume {
     pub frame_at: u64,
-    pub frame: [u8; RESUME_FRAME_LEN],
+    pub frame: Vec<u8>,
     pub regs: Regs,
+}
+
+/// As [`resume`], for a call that goes on with these pieces, as (address, length).
+pub fn resume_vector(
+    regs: &Regs,
+    vector: &Vector,
+    left: &[(u64, u64)],
+    foothold: u64,
+    frame: Option<[u8; RESUME_FRAME_LEN]>,
+) -> Resume {
+    // Frame, message header, array: all below the thread's own stack. A second time there is less left, and room enough.
+    let header = if vector.message { MSGHDR_LEN } else { 0 };
+    let (frame_at, words) = frame_of(regs, vector.moved, frame, header + left.len() * IOVEC_LEN);
+    let mut regs = *regs;
+    let array_at = frame_at + (RESUME_FRAME_LEN + header) as u64;
+    let mut bytes = words;
+    if vector.message {
+        regs.rsi = frame_at + RESUME_FRAME_LEN as u64;
+        // No name and no control message: they went with what was moved already.
+        for word in [0, 0, array_at, left.len() as u64, 0, 0, 0u64] {
+            bytes.extend_from_slice(&word.to_le_bytes());
+        }
+    } else {
+        (regs.rsi, regs.rdx) = (array_at, left.len() as u64);
+    }
+    for (at, length) in left {
+        bytes.extend_from_slice(&at.to_le_bytes());
+        bytes.extend_from_slice(&length.to_le_bytes());
+    }
+    enter_resume(regs, frame_at, bytes, foothold)
+}
+
+/// What a call that moved some bytes has left of its pieces.
+pub fn pieces_left(pieces: &[(u64, u64)], mut moved: u64) -> Vec<(u64, u64)> {
+    let mut left = Vec::with_capacity(pieces.len());
+    for (at, length) in pieces {
+        let done = moved.min(*length);
+        moved -= done;
+        if done < *length {
+            left.push((at + done, length - done));
+        }
+    }
+    left
+}
+
+/// Where a frame of the resume code begins, with `more` bytes after it, and its bytes: `moved` and what to restore.
+fn frame_of(regs: &Regs, moved: u64, frame: Option<[u8; RESUME_FRAME_LEN]>, more: usize) -> (u64, Vec<u8>) {
+    match frame {
+        Some(frame) => {
+            let before = frame.first_chunk().copied().map_or(0, u64::from_le_bytes);
+            let mut bytes = frame.to_vec();
+            bytes[..8].copy_from_slice(&(before + moved).to_le_bytes());
+            (regs.rsp, bytes)
+        }
+        None => {
+            let frame_at = (regs.rsp - RED_ZONE - (RESUME_FRAME_LEN + more) as u64) & !15;
+            let words = [moved, regs.rsi, regs.rdx, regs.r10, regs.rip, regs.rsp];
+            (frame_at, words.iter().flat_map(|word| word.to_le_bytes()).collect())
+        }
+    }
+}
+
+fn enter_resume(mut regs: Regs, frame_at: u64, frame: Vec<u8>, foothold: u64) -> Resume {
+    regs.rsp = frame_at;
+    regs.rip = foothold + resumed_offset();
+    // The kernel goes back two bytes, to the `syscall` of the resume code, and calls again.
+    restart(&mut regs);
+    Resume { frame_at, frame, regs }
 }
 
 /// Let the thread finish a transfer in the resume code of the foothold at `foothold`. A thread that stood in the
@@ -532,36 +636,13 @@ pub fn resume(
     foothold: u64,
     frame: Option<[u8; RESUME_FRAME_LEN]>,
 ) -> Resume {
+    let (frame_at, bytes) = frame_of(regs, partial.moved, frame, 0);
     let mut regs = *regs;
-    let (frame_at, words) = match frame {
-        Some(frame) => {
-            let mut words = [0u64; 6];
-            for (word, bytes) in words.iter_mut().zip(frame.chunks_exact(8)) {
-                *word = u64::from_le_bytes([
-                    bytes[0], bytes[1], bytes[2], bytes[3], bytes[4], bytes[5], bytes[6], bytes[7],
-                ]);
-            }
-            words[0] += partial.moved;
-            (regs.rsp, words)
-        }
-        None => {
-            let frame_at = (regs.rsp - RED_ZONE - RESUME_FRAME_LEN as u64) & !15;
-            (frame_at, [partial.moved, regs.rsi, regs.rdx, regs.r10, regs.rip, regs.rsp])
-        }
-    };
     *partial.length.of(&mut regs) -= partial.moved;
     if let Some(pointer) = partial.pointer {
         *pointer.of(&mut regs) += partial.moved;
     }
-    regs.rsp = frame_at;
-    regs.rip = foothold + resumed_offset();
-    // The kernel goes back two bytes, to the `syscall` of the resume code, and calls again.
-    restart(&mut regs);
-    let mut frame = [0; RESUME_FRAME_LEN];
-    for (bytes, word) in frame.chunks_exact_mut(8).zip(words) {
-        bytes.copy_from_slice(&word.to_le_bytes());
-    }
-    Resume { frame_at, frame, regs }
+    enter_resume(regs, frame_at, bytes, foothold)
 }
 
 /// Start the block of the foothold at `foothold`.
@@ -639,7 +720,7 @@ mod tests {
         let mut again = first.regs;
         again.rax = 500;
         let Interrupted::Transfer(partial) = interrupted(&again) else { panic!("not seen as cut short") };
-        let second = resume(&again, &partial, 0x10_0000, Some(first.frame));
+        let second = resume(&again, &partial, 0x10_0000, first.frame.first_chunk().copied());
         assert_eq!((second.regs.rsi, second.regs.rdx), (0x5000 + 1500, 2500));
         assert_eq!(second.frame[..8], 1500u64.to_le_bytes());
         assert_eq!(second.frame[8..], first.frame[8..]);
