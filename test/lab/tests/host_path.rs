@@ -129,25 +129,21 @@ fn a_reader_that_does_not_read_is_no_stall() -> Result<()> {
 }
 
 #[test]
-#[ignore = "what is unacknowledged cannot be recovered yet"]
 fn a_saturated_connection_that_a_firewall_drops_goes_back_and_loses_nothing() -> Result<()> {
     cut_one_way_and_both("back", BOTH_WAYS)
 }
 
 #[test]
-#[ignore = "what is unacknowledged cannot be recovered yet"]
 fn requests_that_a_firewall_drops_go_back_and_lose_nothing() -> Result<()> {
     cut_one_way_and_both("back-pings", PINGS)
 }
 
 #[test]
-#[ignore = "what is unacknowledged cannot be recovered yet"]
 fn a_connection_whose_interface_goes_down_goes_back_and_loses_nothing() -> Result<()> {
     check_recovered("back-down", BOTH_WAYS, |host, _| host.take_host_if_down())
 }
 
 #[test]
-#[ignore = "what is unacknowledged cannot be recovered yet"]
 fn one_connection_that_is_dropped_goes_back_alone() -> Result<()> {
     check_recovered("back-one", BOTH_WAYS, |host, port| host.cut(Cut::Connection(port)))
 }
