@@ -462,6 +462,9 @@ impl Model for Transaction {
                     None => true,
                 })
             }),
+            Property::always("the two ends of one connection are no strangers", |_, world: &World| {
+                world.sides.iter().all(|side| side.result != Some(Err(Refusal::NotTheSameConnection)))
+            }),
             Property::always("nothing stays frozen when it is over", |_, world: &World| {
                 !over(world) || world.sides.iter().all(Side::is_running)
             }),
