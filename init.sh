@@ -9,10 +9,17 @@ packages=(
     bpftool                                                      # vmlinux.h, and looking at what was loaded
     iproute2 procps util-linux nftables                          # the lab
     iperf3 sockperf                                              # the benchmark
+    nftables musl-tools gcc-multilib                             # the matrix: NAT, and programs of other kinds
     qemu-system-x86 busybox-static cpio jq                       # the second kernel
 )
 if [[ ${1:-} == programs ]]; then
-    packages+=(redis-server redis-tools memcached libmemcached-tools postgresql-15 postgresql-contrib nginx-light wrk rsync)
+    packages+=(
+        redis-server redis-tools memcached libmemcached-tools postgresql-15 postgresql-contrib # stores
+        nginx-light wrk curl openssl                                                           # web
+        rsync openssh-server openssh-client                                                    # files
+        openmpi-bin libopenmpi-dev netpipe-openmpi                                             # MPI
+        golang-go default-jdk-headless nodejs python3                                          # languages
+    )
 fi
 
 missing=()

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Between the plain C structures of `bpf/*.h` and Rust: the only unsafe code of the router.
+//! Between the plain C structures of `bpf/*.h` and Rust. The router's other unsafe code is one call in `heap.rs`.
 
 use std::net::IpAddr;
 

@@ -64,6 +64,8 @@ const SCAN: Duration = Duration::from_secs(30);
 const WATCH: Duration = Duration::from_millis(300);
 /// How long `router flows` waits for a scan before it shows what is known.
 const FRESH: Duration = Duration::from_secs(1);
+/// How long the last scan of a router that stops may take.
+const LAST_SCAN: Duration = Duration::from_secs(5);
 /// How long a stop waits at most: the ledger gives its orders up earlier.
 const STOP: Duration = Duration::from_secs(15);
 
@@ -436,27 +438,45 @@ impl Coordinator {
         Instant::now() + STOP
     }
 
+    /// A router may be stopped before it has reached its forwarder: it is waited for.
+    async fn last_scan(
+        &mut self,
+        forwarder: &mut mpsc::Receiver<ForwarderEvent>,
+    ) -> Option<Vec<SocketRecord>> {
+        let mut asked = self.scan();
+        loop {
+            match forwarder.recv().await? {
+                ForwarderEvent::Up { pid, requests } => {
+                    self.forwarder = Some((pid, requests));
+                    asked = self.scan();
+                }
+                ForwarderEvent::Down => self.forwarder = None,
+                ForwarderEvent::Said(Said::Sockets { seq, sockets }) if Some(seq) == asked => {
+                    return Some(sockets);
+                }
+                ForwarderEvent::Said(_) => {}
+            }
+        }
+    }
+
     /// Take away what nobody needs any more.
     async fn finish(mut self, leave: bool, mut forwarder: mpsc::Receiver<ForwarderEvent>) {
         // The answer to a last question shows that the forwarder has heard all that came before.
-        self.ask(Request::List { seq: u64::MAX }, vec![]);
-        let heard = async {
-            while let Some(event) = forwarder.recv().await {
-                if matches!(event, ForwarderEvent::Down | ForwarderEvent::Said(Said::Parked { .. })) {
-                    break;
-                }
-            }
-        };
-        if self.forwarder.is_some() {
-            let _ = timeout(FRESH, heard).await;
-        }
+        let time = if self.forwarder.is_some() { LAST_SCAN } else { FRESH };
+        let sockets = timeout(time, self.last_scan(&mut forwarder)).await.ok().flatten();
         // What was said last is on its way to the peers.
         let sessions = std::mem::take(&mut self.sessions);
         for sender in sessions.into_values() {
             let _ =
                 timeout(FRESH, async { sender.reserve_many(sender.max_capacity()).await.map(drop) }).await;
         }
-        match self.ledger.swapped() {
+        // Also of connections that no router knows any more, because their forwarder is gone: without the programs they
+        // would lose their names.
+        let swapped = match sockets {
+            Some(sockets) => sockets.iter().filter(|record| self.parts.lookup.is_swapped(record)).count(),
+            None => return log::warn!("no forwarder says what is swapped: the pinned programs stay"),
+        };
+        match swapped {
             0 => {
                 if let Err(error) = self.parts.identity.unpin() {
                     log::warn!("{}: cannot be removed: {error}", self.parts.settings.pins.display());

@@ -29,15 +29,19 @@ if ((${#words[@]} == 0)); then
     cargo test --release --locked --workspace --exclude lab
 fi
 # What is measured and what is stopped is sensitive to company: one lab at a time.
-for file in test/lab/tests/*.rs; do
-    name=$(basename "$file" .rs)
+for file in test/lab/tests/*.rs test/lab/tests/*/main.rs; do
+    name=$(basename "${file%/main.rs}" .rs)
     [[ $name != programs || $programs == yes ]] || continue
     if ((${#words[@]} == 0)) || [[ " ${words[*]} " == *" $name "* ]]; then
+        [[ $name != transparency ]] || target/release/lab transparency --clear
         cargo test --release --locked -p lab --test "$name" -- --test-threads 1
+        [[ $name != transparency ]] || target/release/lab transparency
     fi
 done
 if ((${#words[@]} == 0)); then
     cargo test --release --locked -p lab --lib --bins
+    # Each time another seed: it is printed, and `test/script.sh torture --minutes 0.5 --connections 60 --seed S` is it again.
+    "${CARGO_TARGET_DIR:-target}/release/lab" torture --minutes 0.5 --connections 60
     [[ $kernel == no ]] || test/kernel.sh
 fi
 echo "all tests passed"

@@ -18,6 +18,7 @@ use nix::sys::{
 };
 
 use crate::{
+    fault::{self, Point},
     freeze::Frozen,
     holders::{Holders, plan},
     inject::{Block, Carried, Done, Gate, Lend, RECOVERY, channel},
@@ -225,12 +226,15 @@ impl Armed {
                 return Err(reason);
             }
         }
+        fault::point(Point::Armed);
         Ok(armed)
     }
 
     /// Open the gate, wait until the sockets are in place, or until all processes have gone back by themselves.
     pub fn install(self, frozen: &mut Frozen, pairs: &[Substitution<'_>]) -> Result<Installed, Refusal> {
+        fault::point(Point::Opening);
         self.gate.open()?;
+        fault::point(Point::Opened);
         let deadline = Instant::now() + INSTALL_TIME;
         let mut result = Ok(Installed { heard: true });
         for (tgid, block) in self.blocks {
@@ -238,6 +242,7 @@ impl Armed {
                 Some(process) => block.finish(process, deadline),
                 None => Err(Refusal::HolderVanished),
             };
+            fault::point(Point::Finishing);
             match done {
                 // An error: the process has ended, or its block is slow and goes to its end without us. What is past the
                 // gate cannot be called back.
@@ -249,6 +254,7 @@ impl Armed {
         for (index, room) in self.rooms {
             room.give_back(pairs[index].new);
         }
+        fault::point(Point::Installed);
         result
     }
 

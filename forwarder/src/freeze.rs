@@ -23,6 +23,7 @@ use nix::{errno::Errno, sys::ptrace, unistd::Pid};
 
 use crate::{
     arch::{self, Interrupted, Partial, Regs},
+    fault::{self, Point},
     foothold::Foothold,
     process::{self, Memory, RemoteAddr, RemoteFd, Tgid, Tid},
     rseq,
@@ -30,6 +31,8 @@ use crate::{
 
 /// How long to sleep between two looks at threads that do not stand still yet.
 const POLL: Duration = Duration::from_micros(20);
+/// How long a thread that did not stop in time is waited for, to be put right.
+const LATE: Duration = Duration::from_secs(1);
 
 /// A process all of whose threads stand still.
 pub struct FrozenProcess {
@@ -62,25 +65,58 @@ impl Frozen {
         let mut frozen =
             Frozen { processes: Vec::with_capacity(tgids.len()), seized: HashMap::new(), _here: PhantomData };
         let mut stopped = HashMap::new();
+        if let Err(reason) = frozen.stop_all(tgids, &mut stopped, deadline) {
+            frozen.give_up(tgids, stopped);
+            return Err(reason);
+        }
+        fault::point(Point::Stopped);
+        let mut refusal = None;
+        // Every process is put right, also when another one makes the swap impossible.
         for tgid in tgids {
-            frozen.seize_new_threads(*tgid)?;
+            match frozen.examine(*tgid, &stopped) {
+                Ok(process) => frozen.processes.push(process),
+                Err(reason) => refusal = Some(reason),
+            }
+        }
+        fault::point(Point::Frozen);
+        refusal.map_or(Ok(frozen), Err)
+    }
+
+    fn stop_all(
+        &mut self,
+        tgids: &[Tgid],
+        stopped: &mut HashMap<Tid, Stop>,
+        deadline: Instant,
+    ) -> Result<(), Refusal> {
+        for tgid in tgids {
+            self.seize_new_threads(*tgid)?;
         }
         // A thread that is not stopped yet may make another one: look again until all stand still and none is new.
         loop {
-            frozen.wait_all_stopped(&mut stopped, deadline)?;
+            self.wait_all_stopped(stopped, deadline)?;
             let mut new = 0;
             for tgid in tgids {
-                new += frozen.seize_new_threads(*tgid)?;
+                new += self.seize_new_threads(*tgid)?;
             }
             if new == 0 {
-                break;
+                return Ok(());
             }
         }
-        for tgid in tgids {
-            let process = frozen.examine(*tgid, &stopped)?;
-            frozen.processes.push(process);
+    }
+
+    /// Not all could be stopped: put right those who stand still and let them go, then those who are late. Each has
+    /// been interrupted, and would see that.
+    fn give_up(mut self, tgids: &[Tgid], mut stopped: HashMap<Tid, Stop>) {
+        for patience in [Duration::ZERO, LATE] {
+            let _ = self.wait_all_stopped(&mut stopped, Instant::now() + patience);
+            for tgid in tgids {
+                let _ = self.examine(*tgid, &stopped);
+            }
+            for (tid, _) in stopped.drain() {
+                let _ = ptrace::detach(Pid::from_raw(tid.0), None);
+                self.seized.remove(&tid);
+            }
         }
-        Ok(frozen)
     }
 
     pub fn processes(&self) -> &[FrozenProcess] {
@@ -109,6 +145,7 @@ impl Frozen {
                 Err(_) => return Err(Refusal::HolderVanished),
             }
             self.seized.insert(tid, tgid);
+            fault::point(Point::Seizing);
             // ESRCH: it is ending; waiting for it will show that.
             let _ = ptrace::interrupt(Pid::from_raw(tid.0));
             new += 1;
@@ -169,11 +206,19 @@ impl Frozen {
         };
         let mut refusal = None;
         for tid in self.seized.iter().filter(|(_, of)| **of == tgid).map(|(tid, _)| *tid) {
-            let regs = read_regs(tid).map_err(|_| Refusal::HolderVanished)?;
+            let Some(stop) = stopped.get(&tid) else {
+                refusal = Some(Refusal::FreezeBudget);
+                continue;
+            };
+            // Killed meanwhile.
+            let Ok(regs) = read_regs(tid) else {
+                refusal = Some(Refusal::HolderVanished);
+                continue;
+            };
             if !arch::is_64_bit(&regs) {
                 return Err(Refusal::Holder32Bit);
             }
-            if stopped.get(&tid) != Some(&Stop::Interrupted) {
+            if *stop != Stop::Interrupted {
                 refusal = Some(Refusal::HolderStopped);
             }
             process.threads.push(FrozenThread { tid, regs, held: None });
@@ -207,6 +252,7 @@ impl Drop for Frozen {
     fn drop(&mut self) {
         // A thread that has other registers than its own at this moment gets them back from the code that it stands in.
         for tid in self.seized.keys() {
+            fault::point(Point::Thawing);
             // A thread that is not stopped yet cannot be detached here: the end of this tracer thread does it.
             let _ = ptrace::detach(Pid::from_raw(tid.0), None);
         }
@@ -225,8 +271,13 @@ impl FrozenProcess {
             return write_regs(tid, regs).map_err(|_| Refusal::HolderVanished);
         }
         match arch::interrupted(&regs) {
-            Interrupted::No => Ok(()),
-            Interrupted::Call => {
+            // A seccomp filter that allows the call may well kill for restart_syscall (OpenSSH's does).
+            Interrupted::No
+                if !(arch::goes_on_by_another_call(&regs) && process::is_filtered(self.tgid, tid)) =>
+            {
+                Ok(())
+            }
+            Interrupted::No | Interrupted::Call => {
                 // At once, not at the thaw: if we die before, the thread must still see no EINTR.
                 let regs = arch::repeat_call(&regs);
                 self.threads[index].regs = regs;
@@ -292,6 +343,7 @@ impl FrozenProcess {
         for (index, (thread, mask)) in others.iter_mut().zip(masks).enumerate() {
             let hold = shelter.at.0 + (index * arch::hold_len()) as u64;
             // The registers first: killed between the two, we leave a thread that waits with its own mask.
+            fault::point(Point::Holding);
             write_regs(thread.tid, arch::enter_hold(&thread.regs, hold))
                 .map_err(|_| Refusal::HolderVanished)?;
             thread.held = Some(mask);
@@ -304,6 +356,7 @@ impl FrozenProcess {
     pub fn release_other_threads(&mut self) -> Result<(), Refusal> {
         for thread in &mut self.threads[1..] {
             if let Some(mask) = thread.held.take() {
+                fault::point(Point::Releasing);
                 set_signal_mask(thread.tid, mask)?;
                 write_regs(thread.tid, thread.regs).map_err(|_| Refusal::HolderVanished)?;
             }

@@ -37,6 +37,7 @@ use nix::{
 
 use crate::{
     arch::{self, Call, Regs, scratch},
+    fault::{self, Point},
     foothold::{Foothold, Shelter},
     freeze::{
         FrozenProcess, Stop, go_on, read_regs, set_signal_mask, signal_mask, wait_for_stop, write_regs,
@@ -188,6 +189,7 @@ impl Block {
         write_regs(self.tid, arch::start_block(&self.regs, process.foothold.at.0))
             .map_err(|_| Refusal::HolderVanished)?;
         self.started = true;
+        fault::point(Point::Started);
         set_signal_mask(self.tid, u64::MAX)?;
 
         if process.foothold.scratch.is_none() {
@@ -221,6 +223,7 @@ impl Block {
         let ours = process::copy_fd(&process.pidfd, theirs).map_err(|_| Refusal::InjectionFailed)?;
         send_descriptors(&ours, &lend.descriptors(gate))?;
         self.pair = Some(ours);
+        fault::point(Point::Lent);
         go_on(libc::PTRACE_CONT, self.tid, 0)?;
         let armed = self.wait_armed(recvmsg, lent.count(), deadline)?;
         if let Some(call) = shelter_call {
@@ -305,6 +308,7 @@ impl Block {
         match end {
             End::Waiting => {
                 set_signal_mask(self.tid, self.mask)?;
+                fault::point(Point::Restoring);
                 write_regs(self.tid, self.regs).map_err(|_| Refusal::HolderVanished)?;
             }
             End::Left => process.take_back_thread()?,

@@ -33,6 +33,7 @@ pub use local::run_local;
 
 use crate::{
     exchange::{Armed, Deal, Substitution, discard, facts_while_frozen, look},
+    fault::{self, Point},
     freeze::Frozen,
     holders::has_fired_one_shot,
     inspect::{Inspector, SocketFacts, TCP_ESTABLISHED},
@@ -344,6 +345,9 @@ impl Running<'_> {
         match action {
             Action::Tell(message) => {
                 (self.mover.tell)(&message);
+                if message == Message::Armed {
+                    fault::point(Point::Promised);
+                }
                 None
             }
             Action::MakeShallow => self.make_shallow(),

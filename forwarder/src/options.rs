@@ -84,6 +84,12 @@ pub fn may_be_carried(socket: BorrowedFd<'_>) -> Result<(), Refusal> {
     if get_int(socket, libc::SOL_SOCKET, SO_PEEK_OFF).is_some_and(|offset| offset >= 0) {
         return Err(Refusal::PeekOffset);
     }
+    // Bytes that were told once would raise their signal again, and with the wrong descriptor in it.
+    // SAFETY: F_GETFL takes nothing and gives flags.
+    let flags = unsafe { libc::fcntl(socket.as_raw_fd(), libc::F_GETFL) };
+    if flags & libc::O_ASYNC != 0 {
+        return Err(Refusal::SignalDriven);
+    }
     for (level, name, reason) in REFUSED {
         if get_int(socket, *level, *name).is_some_and(|value| value != 0) {
             return Err(*reason);

@@ -65,6 +65,13 @@ pub fn state(tgid: Tgid, tid: Tid) -> Option<char> {
     stat.rsplit_once(')')?.1.trim_start().chars().next()
 }
 
+/// Does a seccomp filter, or the strict mode, stand between the thread and its system calls? If it cannot be read, yes.
+pub fn is_filtered(tgid: Tgid, tid: Tid) -> bool {
+    let status =
+        std::fs::read_to_string(format!("/proc/{}/task/{}/status", tgid.0, tid.0)).unwrap_or_default();
+    !status.lines().any(|line| line == "Seccomp:\t0")
+}
+
 /// Status flags and close-on-exec of a descriptor, as open(2) knows them: the `flags:` line of its fdinfo.
 pub fn open_flags(tid: Tid, fd: RemoteFd) -> io::Result<i32> {
     let info = std::fs::read_to_string(format!("/proc/{}/fdinfo/{}", tid.0, fd.0))?;

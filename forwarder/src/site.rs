@@ -12,6 +12,7 @@ use forwarder_api::{ConnId, Direction, Moved, ParkedConn, PrepareTarget, Refusal
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 use crate::{
+    fault::{self, Point},
     holders::Holders,
     inspect::{Descriptor, InspectError, Kind, Programs, SocketFacts, TCP_ESTABLISHED},
     options,
@@ -187,6 +188,7 @@ impl Site {
         if locked(&self.forsaken).remove(&conn) {
             return reset_all(&parked);
         }
+        fault::point(Point::Parking);
         let mut all = locked(&self.parked);
         for socket in &parked.overlay {
             let event = EpollEvent::new(EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLONESHOT, conn.0);

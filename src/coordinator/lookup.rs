@@ -96,6 +96,13 @@ impl Lookup {
         self.learned(known, record.tgid, began).await
     }
 
+    /// Is it a host socket that a container has? Its process lives in another network than the socket. Whose process we
+    /// may not look at counts as one.
+    pub fn is_swapped(&self, record: &SocketRecord) -> bool {
+        let of_process = std::fs::metadata(format!("/proc/{}/ns/net", record.tgid));
+        record.netns == self.own_netns && of_process.map_or(true, |ns| ns.ino() as u32 != self.own_netns)
+    }
+
     async fn learned(&mut self, known: Seen, tgid: u32, seen: Instant) -> Option<Learned> {
         let Seen { tuple, side, v6, netns, socket } = known;
         if netns == self.own_netns {

@@ -34,6 +34,7 @@ pub enum Refusal {
     TcpSignature,
     SocketFilter,
     PeekOffset,
+    SignalDriven,
     UnknownOption,
     NotParked,
     // Found while frozen: aborted, nothing was changed.
@@ -54,7 +55,7 @@ pub enum Refusal {
 
 impl Refusal {
     /// Every variant, in the order of the enum.
-    pub const ALL: [Refusal; 43] = {
+    pub const ALL: [Refusal; 44] = {
         use Refusal::*;
         [
             NoRuleMatches,
@@ -85,6 +86,7 @@ impl Refusal {
             TcpSignature,
             SocketFilter,
             PeekOffset,
+            SignalDriven,
             UnknownOption,
             NotParked,
             FreezeBudget,
@@ -193,6 +195,7 @@ impl Refusal {
             TcpSignature => ("tcp_signature", "the socket uses TCP-MD5 or TCP-AO"),
             SocketFilter => ("socket_filter", "a filter is attached to the socket"),
             PeekOffset => ("peek_offset", "the socket uses SO_PEEK_OFF"),
+            SignalDriven => ("signal_driven", "the socket raises signals (O_ASYNC)"),
             UnknownOption => {
                 ("unknown_option", "the socket has an option that the host socket could not be given")
             }

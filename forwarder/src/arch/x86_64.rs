@@ -394,6 +394,12 @@ fn after_restart(regs: &Regs) -> Regs {
     regs
 }
 
+/// Will the kernel go on with the thread's call, which has a time-out, by restart_syscall(2)? Repeated by
+/// [`repeat_call`] it waits for its whole time again.
+pub fn goes_on_by_another_call(regs: &Regs) -> bool {
+    in_syscall(regs) && regs.rax as i64 == -ERESTART_RESTARTBLOCK
+}
+
 /// Make the kernel repeat the call that the thread is in, unless a handler is to run: then EINTR, as without us.
 fn restart(regs: &mut Regs) {
     regs.rax = -ERESTARTNOHAND as u64;

@@ -270,6 +270,20 @@ fn an_order_that_cannot_be_carried_out_is_answered_with_the_reason() {
 }
 
 #[test]
+fn an_order_that_the_decider_refuses_for_good_is_not_asked_for_without_end() {
+    let mut world = World::new();
+    world.refusals[0].extend([Refusal::SocketFilter; 100]);
+    world.learn(0, None);
+    world.learn(1, None);
+    world.at(1, Event::Order(tuple().reversed(), Direction::ToHost));
+    world.wait(Duration::from_secs(10));
+    let answered = world.answers.iter().filter(|(host, _)| *host == 1).collect::<Vec<_>>();
+    assert_eq!(answered, [&(1, Err(Refusal::SocketFilter))]);
+    let asked = world.said.iter().filter(|message| matches!(message, Message::Ask { .. })).count();
+    assert!(asked < 20, "asked {asked} times");
+}
+
+#[test]
 fn a_stop_of_either_host_takes_all_back_and_comes_to_rest() {
     for host in [0, 1] {
         let mut world = World::swapped();
@@ -363,6 +377,45 @@ fn both_ends_on_one_host_are_swapped_together() {
     world.at(0, Event::Order(tuple().reversed(), Direction::ToOverlay));
     assert!(world.ledgers[0].views().iter().all(|view| view.path == Shown::Overlay));
     assert!(world.answers.contains(&(0, Ok(0))), "{:?}", world.answers);
+}
+
+fn expect_an_order_to_fail(mut world: World, tuple: Tuple, direction: Direction) {
+    world.at(0, Event::Order(tuple, direction));
+    world.wait(Duration::from_secs(10));
+    assert!(matches!(world.answers[..], [(0, Err(_))]), "{:?}", world.answers);
+}
+
+#[test]
+fn an_order_without_a_forwarder_is_answered_in_time() {
+    let mut world = World::swapped();
+    world.at(0, Event::ForwarderDown);
+    expect_an_order_to_fail(world, tuple(), Direction::ToOverlay);
+}
+
+#[test]
+fn orders_that_are_given_again_and_again_are_answered_in_time() {
+    let mut world = World::swapped();
+    world.at(0, Event::ForwarderDown);
+    for _ in 0..6 {
+        world.at(0, Event::Order(tuple(), Direction::ToOverlay));
+        world.wait(Duration::from_secs(1));
+    }
+    assert!(matches!(world.answers[..], [(0, Err(_))]), "{:?}", world.answers);
+}
+
+#[test]
+fn an_order_for_the_end_that_is_left_of_a_connection_within_one_host_is_answered_in_time() {
+    let mut world = World::new();
+    for tuple in [tuple(), tuple().reversed()] {
+        let unwanted = Some(Refusal::NoRuleMatches);
+        let event = world.learned(tuple, Home::Nowhere(Refusal::NoPeerHost), unwanted);
+        world.at(0, event);
+    }
+    world.now += Duration::from_secs(1);
+    let left = SocketInode(u64::from(tuple().remote.port()));
+    world.at(0, Event::Scanned { began: world.now, sockets: [(left, (0, 0))].into() });
+    assert_eq!(world.ledgers[0].views().len(), 1);
+    expect_an_order_to_fail(world, tuple().reversed(), Direction::ToHost);
 }
 
 #[test]

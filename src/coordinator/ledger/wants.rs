@@ -31,10 +31,12 @@ impl Ledger {
     }
 
     pub(super) fn order(&mut self, tuple: Tuple, direction: Direction, cause: Cause, time: Duration) {
-        let until = self.now + time;
         let Some(flow) = self.flows.get_mut(&tuple) else {
             return self.act(Action::Answer(tuple, Err(Refusal::NotEstablished)));
         };
+        // Whoever ordered first waits as well: another order of the same kind gives it no more time.
+        let pending = flow.order.filter(|order| order.cause == cause).map(|order| order.until);
+        let until = pending.unwrap_or(self.now + time);
         if cause == Cause::Order {
             flow.held = direction == Direction::ToOverlay;
         }
@@ -86,8 +88,16 @@ impl Ledger {
         }
     }
 
-    /// Start what is wanted and possible.
+    /// Start what is wanted and possible. Whoever ordered it hears in the end if nothing is.
     pub(super) fn consider(&mut self, tuple: Tuple) {
+        self.try_to_start(tuple);
+        let Some(flow) = self.flows.get(&tuple) else { return };
+        if let (Some(order), None, None) = (flow.order, &flow.attempt, flow.alarm) {
+            self.set_alarm(tuple, order.until);
+        }
+    }
+
+    fn try_to_start(&mut self, tuple: Tuple) {
         let Some(flow) = self.flows.get(&tuple) else { return };
         if flow.attempt.is_some() || !self.forwarder_is_up {
             return;
@@ -120,8 +130,10 @@ impl Ledger {
             },
             None => return,
         };
-        let waits = flow.failures > 0 && flow.alarm.is_some_and(|at| at > self.now);
-        if waits {
+        // After a refusal; or the decider was asked a moment ago, and whatever it says about the connection is no reason
+        // to ask again: two routers would do nothing else.
+        let may_wait = flow.failures > 0 || flow.part() == Some(Part::Follower);
+        if may_wait && flow.alarm.is_some_and(|at| at > self.now) {
             return;
         }
         match (home, flow.part()) {

@@ -28,6 +28,8 @@ pub struct Flow {
     #[serde(default)]
     pub reason_text: Option<String>,
     #[serde(default)]
+    pub way_back: Option<bool>,
+    #[serde(default)]
     pub bytes_sent: Option<u64>,
     #[serde(default)]
     pub bytes_received: Option<u64>,

@@ -58,8 +58,10 @@ impl RouterOptions {
     }
 }
 
-const RULE_FOR_ALL_PODS: &str = "type=cidr\nname=pods\nfrom=10.244.0.0/16\nto=10.244.0.0/16\nreverse=false\n";
-const RULE_FOR_ALL_PODS_V6: &str =
+/// What the files `pods` and `pods6` of a host's rules say at first.
+pub const RULE_FOR_ALL_PODS: &str =
+    "type=cidr\nname=pods\nfrom=10.244.0.0/16\nto=10.244.0.0/16\nreverse=false\n";
+pub const RULE_FOR_ALL_PODS_V6: &str =
     "type=cidr\nname=pods6\nfrom=fd00:10:244::/48\nto=fd00:10:244::/48\nreverse=false\n";
 
 impl Host {
@@ -126,8 +128,18 @@ impl Host {
 
     /// Starts the forwarder and waits until it listens.
     pub fn start_forwarder(&self) -> Result<()> {
+        self.start_forwarder_as(Command::new(program("forwarder")?))
+    }
+
+    /// As [`Host::start_forwarder`], with one that kills itself at a point of a move: see `forwarder/src/fault.rs`.
+    pub fn start_forwarder_with_fault(&self, fault: &str) -> Result<()> {
+        let mut command = Command::new(program("forwarder-with-faults")?);
+        command.env("FORWARDER_FAULT", fault);
+        self.start_forwarder_as(command)
+    }
+
+    fn start_forwarder_as(&self, mut command: Command) -> Result<()> {
         let socket = self.place.directory.join("forwarder.sock");
-        let mut command = Command::new(program("forwarder")?);
         command.arg("--socket").arg(&socket).envs(self.environment());
         let mut forwarder = self.start("forwarder", &mut command)?;
         wait_for(&format!("the forwarder of {} to listen", self.name), DEADLINE, || {
@@ -192,6 +204,11 @@ impl Host {
         forwarder.wait(DEADLINE)
     }
 
+    /// Did the forwarder that was started end without us?
+    pub fn forwarder_has_ended(&self) -> bool {
+        self.state().forwarder.as_mut().is_some_and(|forwarder| forwarder.fail_if_ended().is_err())
+    }
+
     /// SIGKILL.
     pub fn kill_forwarder(&self) -> Result<()> {
         let forwarder = self.state().forwarder.take().context("no forwarder is running")?;
@@ -232,6 +249,15 @@ impl Host {
         })
     }
 
+    /// Puts a rule into the directory that routers read by default, in place of the one of this name, while they run.
+    pub fn replace_rule(&self, name: &str, text: &str) -> Result<()> {
+        // At once: a router that reads in between must not see half a rule.
+        let new = self.place.directory.join(format!("{name}.new"));
+        std::fs::write(&new, text)?;
+        std::fs::rename(&new, self.place.directory.join("rules").join(name))
+            .with_context(|| format!("replacing the rule {name} of {}", self.name))
+    }
+
     /// A directory with one rule in it, for [`RouterOptions::with_rules`].
     pub fn write_rules(&self, name: &str, text: &str) -> Result<PathBuf> {
         let directory = self.place.directory.join(format!("rules-{name}"));
@@ -240,7 +266,7 @@ impl Host {
         Ok(directory)
     }
 
-    pub(crate) fn show_logs(&self) {
+    pub fn show_logs(&self) {
         let state = self.state();
         for process in [&state.router, &state.forwarder].into_iter().flatten() {
             process.show();

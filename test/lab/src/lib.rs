@@ -17,6 +17,7 @@
 
 mod cgroup;
 mod control;
+mod direct;
 mod fault;
 mod host;
 mod keeper;
@@ -29,6 +30,7 @@ mod scene;
 mod wait;
 
 pub mod measure;
+pub mod transparency;
 pub mod workload;
 
 use std::path::{Path, PathBuf};
@@ -37,8 +39,9 @@ use anyhow::{Context, Result};
 
 pub use cgroup::Cgroup;
 pub use control::{Flow, Status};
+pub use direct::Direct;
 pub use fault::Cut;
-pub use host::{Host, RouterOptions};
+pub use host::{Host, RULE_FOR_ALL_PODS, RULE_FOR_ALL_PODS_V6, RouterOptions};
 pub use namespace::Namespace;
 pub use pod::{Family, Pod};
 pub use process::{Finished, Place, Process};

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The lab's command line: a lab to play in, and the benchmark. `test/script.sh` calls it.
+//! The lab's command line: a lab to play in, the benchmark, and torture. `test/script.sh` calls it.
 
 mod bench;
 mod playground;
+mod torture;
 
-use std::process::ExitCode;
+use std::{path::Path, process::ExitCode};
 
 use clap::{Parser, Subcommand};
+use lab::transparency;
 
 /// Two hosts, an overlay between them and pods, on this machine.
 #[derive(Parser)]
@@ -38,6 +40,15 @@ enum Command {
         #[command(subcommand)]
         what: Bench,
     },
+    /// Move many connections to and fro while everything around them is killed, restarted and changed.
+    Torture(torture::Options),
+    /// Write test/TRANSPARENCY.md from what the tests of that name have recorded.
+    #[command(hide = true)]
+    Transparency {
+        /// Before the tests: forget what earlier runs have recorded.
+        #[arg(long)]
+        clear: bool,
+    },
     /// Build a lab, say so, and keep it until SIGTERM.
     #[command(hide = true)]
     Hold {
@@ -62,6 +73,11 @@ fn main() -> ExitCode {
         Command::Shell { place, command } => playground::shell(&place, &command),
         Command::Hold { name, state, with_router } => playground::hold(&name, state.as_deref(), with_router),
         Command::Bench { what: Bench::Iperf3(options) } => bench::run(&options),
+        Command::Torture(options) => torture::run(&options),
+        Command::Transparency { clear: true } => transparency::clear(),
+        Command::Transparency { clear: false } => {
+            transparency::write_table(Path::new("test/TRANSPARENCY.md"))
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -57,6 +57,8 @@ pub fn connect(h1: &Host, h2: &Host) -> Result<()> {
 fn raise(place: &Place, n: u8, m: u8) -> Result<()> {
     let (host, underlay, peer) = (host_address(n), underlay_address(n), underlay_address(m));
     let (mac, peer_mac) = (tunnel_mac(n), tunnel_mac(m));
+    // An address of its own: that of a port would change when pods come and go, and pods remember it.
+    let bridge_mac = format!("02:00:00:00:99:{n:02x}");
     let (bridge4, bridge6) = (overlay_v4(n, 1), overlay_v6(n, 1));
     let (tunnel4, tunnel6) = (overlay_v4(n, 0), overlay_v6(n, 0));
     let (gate4, gate6) = (overlay_v4(m, 0), overlay_v6(m, 0));
@@ -72,7 +74,7 @@ fn raise(place: &Place, n: u8, m: u8) -> Result<()> {
              link set {HOST_IF} up\n\
              addr add {underlay}/24 dev {UNDERLAY_IF}\n\
              link set {UNDERLAY_IF} up\n\
-             link add cni0 type bridge\n\
+             link add cni0 address {bridge_mac} type bridge\n\
              link set cni0 mtu {MTU} up\n\
              addr add {bridge4}/24 dev cni0\n\
              addr add {bridge6}/64 dev cni0 nodad\n\

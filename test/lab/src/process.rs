@@ -202,6 +202,12 @@ impl Process {
         kill(Pid::from_raw(self.pid() as i32), signal).with_context(|| format!("{signal} to {}", self.name))
     }
 
+    /// A line to its standard input.
+    pub fn tell(&mut self, line: &str) -> Result<()> {
+        let stdin = self.child.stdin.as_mut().context("its standard input is closed")?;
+        writeln!(stdin, "{line}").with_context(|| format!("telling {} to {line}", self.name))
+    }
+
     /// Tells it that its input is over.
     pub fn close_stdin(&mut self) {
         drop(self.child.stdin.take());

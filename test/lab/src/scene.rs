@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+use std::hash::{BuildHasher, Hasher, RandomState};
+
 use anyhow::Result;
 
 use crate::{
@@ -47,17 +49,15 @@ impl Scene {
         self.lab.hosts().into_iter().try_for_each(|host| host.wait_until_on_host(port).map(drop))
     }
 
-    /// Moves the connections of this port to and fro, in no order, until `done`. Returns how many moves succeeded.
-    pub fn move_about(&self, port: u16, mut done: impl FnMut() -> Result<bool>) -> Result<u32> {
-        let hosts = self.lab.hosts();
+    /// Moves the connections of this port to and fro, at random, until `done`, which is told how many moves succeeded.
+    pub fn move_about(&self, port: u16, mut done: impl FnMut(u32) -> Result<bool>) -> Result<u32> {
         let mut moves = 0;
-        for turn in 0usize.. {
-            if done()? {
-                break;
-            }
-            let host = hosts[turn % 2];
+        while !done(moves)? {
+            // The standard library's only source of chance.
+            let chance = RandomState::new().build_hasher().finish() as usize;
+            let host = self.lab.hosts()[chance % 2];
             let flows: Vec<_> = host.flows()?.into_iter().filter(|flow| flow.has_port(port)).collect();
-            let Some(flow) = flows.get((turn * 7 + moves as usize) % flows.len().max(1)) else { continue };
+            let Some(flow) = flows.get(chance / 2 % flows.len().max(1)) else { continue };
             let Some(conn) = &flow.conn else { continue };
             // Refused in passing, or closed a moment ago: another will do.
             let moved = if flow.on_host() { host.swap_back(conn) } else { host.swap(conn) };

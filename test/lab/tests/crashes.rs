@@ -79,3 +79,20 @@ fn a_connection_swapped_before_the_routers_were_killed_can_go_back() -> Result<(
     stream.finish()?;
     Ok(())
 }
+
+#[test]
+fn a_connection_that_nobody_knows_any_more_keeps_its_names_when_a_router_stops() -> Result<()> {
+    let scene = Scene::with_routers("forgotten")?;
+    let mut stream = scene.swapped_stream(OLD, "--names")?;
+    for host in scene.lab.hosts() {
+        host.kill_router()?;
+        host.kill_forwarder()?;
+    }
+    scene.lab.start_everything(&RouterOptions::default())?;
+    scene.lab.stop_routers()?;
+    // Names are looked at a hundred times a second.
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    stream.expect_running()?;
+    stream.finish()?;
+    Ok(())
+}

@@ -1,14 +1,42 @@
 // SPDX-License-Identifier: Apache-2.0
 //! SIGKILL while connections move. The streams saturate both directions and check every byte.
 //!
-//! LAB_KILLS sets how often; the default is short enough for every run.
+//! LAB_KILLS sets how often each test with kills at random moments kills; the default is short enough for every run.
+//! With LAB_THOROUGH, the tests with chosen points try all kinds of holders at each of them, not one in turn.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use lab::{Host, RouterOptions, Scene};
 
 const KINDS: [&str; 4] = ["", "--io epoll --threads 8", "--fork 2 --dup 1", "--pings"];
+
+/// A thread that is stopped, by whomever, within a blocking write returns with less than all, and within epoll_wait(2)
+/// with EINTR (signal(7)). The forwarder undoes that, if it lives for another few hundred microseconds: where it may not,
+/// these are used.
+const KINDS_THAT_STOP_WELL: [&str; 4] =
+    ["--io poll", "--io select --threads 8", "--io poll --fork 2 --dup 1", "--pings"];
+const BEFORE_ALL_IS_PUT_RIGHT: [&str; 2] = ["seizing", "stopped"];
+
+/// All of `forwarder/src/fault.rs`.
+const POINTS: [&str; 16] = [
+    "seizing",
+    "stopped",
+    "frozen",
+    "started",
+    "lent",
+    "holding",
+    "armed",
+    "promised",
+    "opening",
+    "opened",
+    "finishing",
+    "restoring",
+    "releasing",
+    "installed",
+    "thawing",
+    "parking",
+];
 
 fn kills() -> u32 {
     std::env::var("LAB_KILLS").ok().and_then(|kills| kills.parse().ok()).unwrap_or(24)
@@ -19,7 +47,8 @@ fn check(test: &str, kill: impl Fn(&Scene, &Host) -> Result<()>) -> Result<()> {
     let scene = Scene::with_routers(test)?;
     let mut swapped = 0;
     for number in 0..kills() {
-        let (port, kind) = (7000 + number as u16, KINDS[number as usize % KINDS.len()]);
+        let kind = KINDS_THAT_STOP_WELL[number as usize % KINDS_THAT_STOP_WELL.len()];
+        let port = 7000 + number as u16;
         let host = scene.lab.hosts()[number as usize / 2 % 2];
         let context = || format!("kill {} ({}), {kind}", number + 1, host.name);
         let mut stream = scene.stream(port, kind)?;
@@ -60,4 +89,139 @@ fn everything_may_be_killed_while_connections_move() -> Result<()> {
         }
         scene.lab.start_everything(&RouterOptions::default())
     })
+}
+
+/// A move during which forwarders die.
+struct Fatal {
+    scene: Scene,
+    port: u16,
+    deaths: u32,
+}
+
+impl Fatal {
+    fn new(test: &str) -> Result<Fatal> {
+        Ok(Fatal { scene: Scene::with_routers(test)?, port: 7000, deaths: 0 })
+    }
+
+    /// A new stream, of each kind or of one in turn, and `faults` for the forwarders of h1 and h2. `begin` makes it move
+    /// so that they die; then the stream must go on, with new forwarders.
+    fn check(
+        &mut self,
+        faults: [Option<String>; 2],
+        begin: impl Fn(&Scene, u16) -> Result<()> + Sync,
+    ) -> Result<()> {
+        let early = faults.iter().flatten().any(|fault| BEFORE_ALL_IS_PUT_RIGHT.contains(&fault.as_str()));
+        let kinds = if early { KINDS_THAT_STOP_WELL } else { KINDS };
+        let thorough = std::env::var_os("LAB_THOROUGH").is_some();
+        let in_turn = usize::from(self.port) % kinds.len();
+        for kind in if thorough { &kinds[..] } else { &kinds[in_turn..=in_turn] } {
+            self.port += 1;
+            self.check_kind(&faults, kind, &begin).with_context(|| format!("{faults:?}, {kind}"))?;
+        }
+        Ok(())
+    }
+
+    fn check_kind(
+        &mut self,
+        faults: &[Option<String>; 2],
+        kind: &str,
+        begin: impl Fn(&Scene, u16) -> Result<()> + Sync,
+    ) -> Result<()> {
+        let dying: Vec<(&Host, &String)> = self
+            .scene
+            .lab
+            .hosts()
+            .into_iter()
+            .zip(faults)
+            .filter_map(|(host, fault)| Some((host, fault.as_ref()?)))
+            .collect();
+        for (host, fault) in &dying {
+            host.kill_forwarder()?;
+            host.start_forwarder_with_fault(fault)?;
+        }
+        let mut stream = self.scene.stream(self.port, kind)?;
+        let (scene, port) = (&self.scene, self.port);
+        let died = std::thread::scope(|scope| -> Result<u32> {
+            // Its answer comes when there is a forwarder again.
+            let begun = scope.spawn(|| begin(scene, port));
+            let died = wait_for_deaths(&dying);
+            for (host, _) in &dying {
+                host.kill_forwarder()?;
+            }
+            stream.expect_running()?;
+            for (host, _) in &dying {
+                host.start_forwarder()?;
+            }
+            let _ = begun.join();
+            Ok(died)
+        })?;
+        self.deaths += died;
+        // A stream whose ends are on different paths never comes to its end.
+        stream.finish().map(drop)
+    }
+
+    fn end(self, expected: u32) -> Result<()> {
+        eprintln!("{} forwarders died at their points, and nobody noticed", self.deaths);
+        ensure!(self.deaths >= expected, "only {} forwarders died, {expected} expected", self.deaths);
+        Ok(())
+    }
+}
+
+/// How many have died at their points. Not every kind of holder passes every point: one thread needs no hold.
+fn wait_for_deaths(dying: &[(&Host, &String)]) -> u32 {
+    let died = || dying.iter().filter(|(host, _)| host.forwarder_has_ended()).count();
+    let until = Instant::now() + Duration::from_secs(2);
+    while Instant::now() < until && died() < dying.len() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    died() as u32
+}
+
+#[test]
+fn a_forwarder_may_die_at_every_point_of_a_swap() -> Result<()> {
+    let mut fatal = Fatal::new("die-swap")?;
+    for point in POINTS {
+        fatal.check([Some(point.to_owned()), None], |_, _| Ok(()))?;
+        fatal.check([None, Some(point.to_owned())], |_, _| Ok(()))?;
+    }
+    fatal.end(24)
+}
+
+#[test]
+fn a_forwarder_may_die_at_every_point_of_a_swap_back() -> Result<()> {
+    let mut fatal = Fatal::new("die-back")?;
+    // Those that are passed once in each move: the second time is that of the way back.
+    let many = [
+        "seizing",
+        "holding",
+        "restoring",
+        "releasing",
+        "finishing",
+        "started",
+        "lent",
+        "thawing",
+        "parking",
+    ];
+    for point in POINTS.into_iter().filter(|point| !many.contains(point)) {
+        let back = |scene: &Scene, port: u16| -> Result<()> {
+            scene.wait_until_on_host(port)?;
+            scene.lab.h1.swap_back_all()
+        };
+        let second = Some(format!("{point}:2"));
+        fatal.check([second.clone(), None], back)?;
+        fatal.check([None, second], back)?;
+    }
+    fatal.end(12)
+}
+
+#[test]
+fn the_forwarders_of_both_hosts_may_die_within_one_install() -> Result<()> {
+    let mut fatal = Fatal::new("die-both")?;
+    for decider in ["armed", "opening", "opened", "finishing"] {
+        for follower in ["armed", "promised", "opening", "opened", "finishing"] {
+            // Whichever has the smaller address decides: the pod of h1.
+            fatal.check([Some(decider.to_owned()), Some(follower.to_owned())], |_, _| Ok(()))?;
+        }
+    }
+    fatal.end(20)
 }

@@ -113,12 +113,12 @@ static GATE: AtomicU32 = AtomicU32::new(0);
 const SHORT: Duration = Duration::from_millis(30);
 
 impl Threads {
-    pub fn start(count: usize, shared: &'static Shared) -> Threads {
+    pub fn start(count: usize, idle: bool, shared: &'static Shared) -> Threads {
         let kinds: [fn(); 6] = [compute, sleep, futex, epoll, poll_nothing, || wait_on_futex(None)];
         let threads = (0..count)
             .map(|index| {
                 // One that computes is enough to be stopped in user mode; more would only take the CPUs.
-                let kind = if index == 0 { kinds[0] } else { kinds[1 + (index - 1) % (kinds.len() - 1)] };
+                let kind = if index == 0 && !idle { kinds[0] } else { kinds[1 + index % (kinds.len() - 1)] };
                 std::thread::spawn(move || {
                     while !shared.finished.load(Ordering::Relaxed) {
                         kind();

@@ -99,6 +99,11 @@ impl Source {
         self.written += bytes;
     }
 
+    /// The last frame made has been written in full.
+    pub fn is_between_frames(&self) -> bool {
+        self.written == self.frame.len()
+    }
+
     pub fn digest(&self) -> u64 {
         self.digest.digest()
     }

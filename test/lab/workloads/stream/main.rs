@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! One TCP connection that notices everything: lost, repeated or changed bytes, short writes, EINTR, unexpected
+//! TCP connections that notice everything: lost, repeated or changed bytes, short writes, EINTR, unexpected
 //! EAGAIN, addresses or options that change.
 //!
 //! Server and client send each other frames of random sizes, as fast as they can, until the client has had enough.
@@ -7,7 +7,8 @@
 //! sides shut the connection down: nothing is half closed while data flows. The last frame carries count and hash
 //! of all that was sent. Whatever is not as it should be ends the program with exit code 1 and a line that says what.
 //!
-//! Standard output has one JSON object a line: `listening`, `connected` and, at the very end, `done`.
+//! Standard output has one JSON object a line: `listening`, `connected` and, at the very end, `done`; the last two for
+//! each connection.
 
 mod company;
 mod data;
@@ -18,13 +19,15 @@ mod transfer;
 use std::{
     io::Read,
     net::SocketAddr,
-    os::fd::OwnedFd,
+    os::{fd::OwnedFd, unix::net::UnixStream},
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    thread::ScopedJoinHandle,
     time::{Duration, Instant},
 };
 
 use clap::{Parser, ValueEnum};
-use serde_json::json;
+use nix::unistd::Pid;
+use serde_json::{Value, json};
 
 /// Ends the program: nothing can be trusted after a first wrong answer.
 macro_rules! fail {
@@ -35,10 +38,10 @@ macro_rules! fail {
 }
 pub(crate) use fail;
 
-/// Sends and receives checked data over one TCP connection.
+/// Sends and receives checked data over TCP connections.
 #[derive(Parser)]
 pub struct Options {
-    /// Listen here and serve one connection.
+    /// Listen here and serve.
     #[arg(long, required_unless_present = "client", conflicts_with = "client")]
     server: Option<SocketAddr>,
     /// Connect to this address; [::ffff:A.B.C.D]:PORT makes an IPv6 socket with mapped addresses.
@@ -59,6 +62,9 @@ pub struct Options {
     /// Threads in the process; those that do not use the socket sleep, wait and compute.
     #[arg(long, default_value_t = 2)]
     threads: usize,
+    /// None of these threads computes: for many processes on few CPUs.
+    #[arg(long)]
+    idle_threads: bool,
     /// Child processes that inherit the socket.
     #[arg(long, default_value_t = 0)]
     fork: usize,
@@ -68,6 +74,15 @@ pub struct Options {
     /// Duplicates of the socket's descriptor; input and output alternate over all of them.
     #[arg(long, default_value_t = 0)]
     dup: usize,
+    /// Connections at the same time, each as all other options say.
+    #[arg(long, default_value_t = 1)]
+    connections: usize,
+    /// A pause between two frames of a stream.
+    #[arg(long, default_value_t = 0)]
+    pause_ms: u64,
+    /// Fail when nothing has been received for so long (not with `--idle`).
+    #[arg(long, value_name = "SECONDS")]
+    stuck_after: Option<u64>,
     /// The other side stays silent until it has received something.
     #[arg(long, value_enum)]
     speak_first: Option<Side>,
@@ -139,81 +154,141 @@ impl End {
     }
 }
 
+/// One connection, ready to talk.
+struct Connection {
+    fds: Fds,
+    before: socket::Looks,
+    shared: &'static Shared,
+    /// The child process that does the reading.
+    reader: Option<Pid>,
+    /// What makes it odd, open to the end.
+    _odd: Option<Option<(UnixStream, UnixStream)>>,
+}
+
 fn main() {
     let options = Options::parse();
-    let (side, fd) = match (options.server, options.client) {
+    let (side, sockets) = match (options.server, options.client) {
         (Some(address), _) => {
             let delay = Duration::from_millis(options.accept_delay_ms);
-            (Side::Server, socket::accept(address, delay, || say(json!({"event": "listening"}))))
+            let listening = || say(json!({"event": "listening"}));
+            (Side::Server, socket::accept(address, options.connections, delay, listening))
         }
-        (_, Some(address)) => (Side::Client, socket::connect(address, options.io != Io::Blocking)),
+        (_, Some(address)) => {
+            let connect = |_| socket::connect(address, options.io != Io::Blocking);
+            (Side::Client, (0..options.connections).map(connect).collect())
+        }
         (None, None) => unreachable!("clap asks for one of the two"),
     };
+    let started = Instant::now();
+    let mut connections: Vec<Connection> = sockets.into_iter().map(|fd| prepare(&options, fd)).collect();
+    // Processes first: a child of a process with threads would have to be careful.
+    let holders = company::fork_holders(options.fork);
+    if options.fork_reader {
+        for connection in &mut connections {
+            let reader = company::fork_reader(&connection.fds, side == Side::Server, connection.shared);
+            connection.reader = Some(reader);
+        }
+    }
+    let in_use = threads_in_use(options.io) * connections.len();
+    let everything = company::shared_memory();
+    let others = options.threads.saturating_sub(in_use);
+    let company = company::Threads::start(others, options.idle_threads, everything);
+    if options.until_eof && side == Side::Client && !options.idle {
+        let all: Vec<_> = connections.iter().map(|connection| connection.shared).collect();
+        std::thread::spawn(move || {
+            wait_for_eof();
+            all.into_iter().for_each(|shared| shared.ending.store(true, Ordering::Relaxed));
+        });
+    }
+    let outcomes: Vec<Value> = std::thread::scope(|scope| {
+        let talk = |connection| {
+            let options = &options;
+            scope.spawn(move || talk(options, side, connection, started))
+        };
+        let talking: Vec<_> = connections.iter().map(talk).collect();
+        let joined = |thread: ScopedJoinHandle<Value>| thread.join().unwrap_or_else(|_| fail!("a panic"));
+        talking.into_iter().map(joined).collect()
+    });
+    everything.finished.store(true, Ordering::Relaxed);
+    company.join();
+    company::release(holders);
+
+    for (mut outcome, connection) in outcomes.into_iter().zip(&connections) {
+        outcome["event"] = "done".into();
+        outcome["seconds"] = started.elapsed().as_secs_f64().into();
+        outcome["names_checked"] = connection.shared.names_checked.load(Ordering::Relaxed).into();
+        say(outcome);
+    }
+}
+
+fn prepare(options: &Options, fd: OwnedFd) -> Connection {
     if options.io != Io::Blocking {
         socket::set_nonblocking(&fd);
     }
     if options.names {
         socket::set_options(&fd);
     }
-    // Kept to the end: closing it would take the reference away.
-    let _unix_sockets = options.odd.map(|odd| socket::make_odd(&fd, odd));
+    let odd = options.odd.map(|odd| socket::make_odd(&fd, odd));
     let before = socket::Looks::of(&fd);
     say(
         json!({"event": "connected", "local": before.local.to_string(), "remote": before.remote.to_string()}),
     );
+    let fds = socket::duplicates(fd, options.dup);
+    Connection { fds, before, shared: company::shared_memory(), reader: None, _odd: odd }
+}
 
-    let shared = company::shared_memory();
-    let started = Instant::now();
+/// All that is said on a connection.
+fn talk(options: &Options, side: Side, connection: &Connection, started: Instant) -> Value {
+    let Connection { fds, before, shared, .. } = connection;
     let last = Duration::try_from_secs_f64(options.seconds).ok().and_then(|last| started.checked_add(last));
     let end = match side {
         Side::Client => End { at: last, bytes: options.bytes },
         Side::Server => End { at: None, bytes: u64::MAX },
     };
-    let fds = socket::duplicates(fd, options.dup);
-    // Processes first: a child of a process with threads would have to be careful.
-    let holders = company::fork_holders(options.fork);
-    let reader = options.fork_reader.then(|| company::fork_reader(&fds, side == Side::Server, shared));
-    let company = company::Threads::start(options.threads.saturating_sub(threads_in_use(options.io)), shared);
-    if options.until_eof && side == Side::Client && !options.idle {
-        std::thread::spawn(|| {
-            wait_for_eof();
-            shared.ending.store(true, Ordering::Relaxed);
-        });
-    }
-
-    let mut outcome = std::thread::scope(|scope| {
+    let outcome = std::thread::scope(|scope| {
         if options.names {
-            let fd = &fds[0];
-            let before = &before;
-            scope.spawn(move || socket::watch(fd, before, shared));
+            scope.spawn(|| socket::watch(&fds[0], before, shared));
+        }
+        if let Some(limit) = options.stuck_after.filter(|_| !options.idle) {
+            scope.spawn(move || watch_progress(Duration::from_secs(limit), shared));
         }
         let outcome = if options.idle {
-            pings::idle(&fds, side == Side::Client, options.until_eof, &end)
+            pings::idle(fds, side == Side::Client, options.until_eof, &end, shared)
         } else if options.pings {
-            pings::run(&fds, side == Side::Client, &end, options.interval_us, shared)
+            pings::run(fds, side == Side::Client, &end, options.interval_us, shared)
         } else {
             let silent = options.speak_first.is_some_and(|first| first != side);
             let job = transfer::Job {
-                fds: &fds,
+                fds,
                 server: side == Side::Server,
                 end,
                 silent_until_spoken_to: silent,
+                pause: Duration::from_millis(options.pause_ms),
                 shared,
             };
-            transfer::run(job, options.io, reader)
+            transfer::run(job, options.io, connection.reader)
         };
         shared.finished.store(true, Ordering::Relaxed);
         outcome
     });
-    company.join();
     socket::part(&fds[0]);
-    company::release(holders);
+    outcome
+}
 
-    let seconds = started.elapsed().as_secs_f64();
-    outcome["event"] = "done".into();
-    outcome["seconds"] = seconds.into();
-    outcome["names_checked"] = shared.names_checked.load(Ordering::Relaxed).into();
-    say(outcome);
+/// Fails when nothing comes for so long. Counted in looks, not by the clock: while the machine stands still, nobody
+/// looks.
+fn watch_progress(limit: Duration, shared: &Shared) {
+    const LOOK: Duration = Duration::from_millis(100);
+    let (mut seen, mut looks) = (0, 0);
+    while !shared.finished.load(Ordering::Relaxed) {
+        let received = shared.received.load(Ordering::Relaxed);
+        looks = if received == seen { looks + 1 } else { 0 };
+        seen = received;
+        if LOOK * looks > limit {
+            fail!("stuck: nothing received for {limit:?} after {seen} bytes");
+        }
+        company::nanosleep(LOOK);
+    }
 }
 
 fn threads_in_use(io: Io) -> usize {

@@ -22,11 +22,12 @@ const SIZE: usize = 64;
 pub fn run(fds: &Fds, client: bool, end: &End, interval_us: u64, shared: &Shared) -> Value {
     no_delay(fds);
     if !client {
-        return json!({ "answered": answer_to_the_end(fds) });
+        return json!({ "answered": answer_to_the_end(fds, shared) });
     }
     let mut round_trips_ns = Vec::new();
     while !end.reached(round_trips_ns.len() as u64) && !shared.ending.load(Ordering::Relaxed) {
         round_trips_ns.push(ping(fds, round_trips_ns.len() as u64).as_nanos() as u64);
+        shared.received.fetch_add(SIZE as u64, Ordering::Relaxed);
         if interval_us > 0 {
             company::nanosleep(Duration::from_micros(interval_us));
         }
@@ -40,10 +41,10 @@ pub fn run(fds: &Fds, client: bool, end: &End, interval_us: u64, shared: &Shared
 }
 
 /// A ping, silence, a ping.
-pub fn idle(fds: &Fds, client: bool, until_eof: bool, end: &End) -> Value {
+pub fn idle(fds: &Fds, client: bool, until_eof: bool, end: &End, shared: &Shared) -> Value {
     no_delay(fds);
     if !client {
-        return json!({ "answered": answer_to_the_end(fds) });
+        return json!({ "answered": answer_to_the_end(fds, shared) });
     }
     ping(fds, 0);
     if until_eof {
@@ -79,7 +80,7 @@ fn ping(fds: &Fds, number: u64) -> Duration {
     started.elapsed()
 }
 
-fn answer_to_the_end(fds: &Fds) -> u64 {
+fn answer_to_the_end(fds: &Fds, shared: &Shared) -> u64 {
     let mut answered = 0;
     let mut request = [0; SIZE];
     let mut length = 0;
@@ -93,6 +94,7 @@ fn answer_to_the_end(fds: &Fds) -> u64 {
         if length == SIZE {
             write_all_at_once(fd, &request);
             answered += 1;
+            shared.received.fetch_add(SIZE as u64, Ordering::Relaxed);
             length = 0;
         }
     }

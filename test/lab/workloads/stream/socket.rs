@@ -24,17 +24,23 @@ use nix::{
 
 use crate::{Fds, Odd, Shared, fail};
 
-pub fn accept(address: SocketAddr, delay: Duration, listening: impl FnOnce()) -> OwnedFd {
+pub fn accept(
+    address: SocketAddr,
+    connections: usize,
+    delay: Duration,
+    listening: impl FnOnce(),
+) -> Vec<OwnedFd> {
     let listener =
         TcpListener::bind(address).unwrap_or_else(|error| fail!("listening on {address}: {error}"));
     listening();
     if !delay.is_zero() {
         std::thread::sleep(delay);
     }
-    match listener.accept() {
+    let accept = |_| match listener.accept() {
         Ok((stream, _)) => stream.into(),
         Err(error) => fail!("accept: {error}"),
-    }
+    };
+    (0..connections).map(accept).collect()
 }
 
 pub fn connect(address: SocketAddr, nonblocking: bool) -> OwnedFd {

@@ -4,6 +4,7 @@
 use std::{
     os::fd::{AsFd, AsRawFd, BorrowedFd},
     sync::atomic::Ordering,
+    time::{Duration, Instant},
 };
 
 use nix::{
@@ -11,6 +12,7 @@ use nix::{
     sys::{
         epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout},
         select::{FdSet, select},
+        time::{TimeVal, TimeValLike},
     },
     unistd::Pid,
 };
@@ -18,7 +20,7 @@ use serde_json::{Value, json};
 
 use crate::{
     End, Fds, Io, Shared,
-    company::expect_success,
+    company::{expect_success, nanosleep},
     data::{LONGEST, Random, Sink, Source},
     fail,
     socket::{read, read_blocking, write, write_all_at_once},
@@ -29,6 +31,8 @@ pub struct Job<'a> {
     pub server: bool,
     pub end: End,
     pub silent_until_spoken_to: bool,
+    /// Between two frames.
+    pub pause: Duration,
     pub shared: &'static Shared,
 }
 
@@ -72,6 +76,9 @@ fn blocking(job: &Job<'_>, source: &mut Source, reader: Option<Pid>) {
             write_all_at_once(turn.next(job.fds), bytes);
             let n = bytes.len();
             source.wrote(n);
+            if !job.pause.is_zero() {
+                nanosleep(job.pause);
+            }
         }
     });
     if let Some(reader) = reader {
@@ -95,8 +102,15 @@ fn by_readiness(job: &Job<'_>, source: &mut Source, io: Io) {
     let (mut reads, mut writes) = (Turn::default(), Turn::default());
     let mut waiter = Waiter::new(io, job.fds);
     let mut sent_all = false;
+    // When the next frame is due.
+    let mut pause_until: Option<Instant> = None;
     while !(sent_all && receiver.sink.ended) {
-        let ready = waiter.wait(!receiver.sink.ended, !sent_all && job.may_speak(&receiver));
+        let rest = pause_until.map(|until| until.saturating_duration_since(Instant::now()));
+        let may_speak = !sent_all && rest.is_none() && job.may_speak(&receiver);
+        let ready = waiter.wait(!receiver.sink.ended, may_speak, rest);
+        if pause_until.is_some_and(|until| Instant::now() >= until) {
+            pause_until = None;
+        }
         loop {
             let mut progress = false;
             if ready.read && !receiver.sink.ended {
@@ -106,7 +120,7 @@ fn by_readiness(job: &Job<'_>, source: &mut Source, io: Io) {
                     progress = true;
                 }
             }
-            if ready.write && !sent_all && job.may_speak(&receiver) {
+            if ready.write && !sent_all && pause_until.is_none() && job.may_speak(&receiver) {
                 let ending = job.ending(source.total);
                 match source.pending(ending) {
                     None => sent_all = true,
@@ -114,6 +128,9 @@ fn by_readiness(job: &Job<'_>, source: &mut Source, io: Io) {
                         if let Some(n) = write(writes.next(job.fds), bytes) {
                             source.wrote(n);
                             progress = true;
+                            if !job.pause.is_zero() && source.is_between_frames() {
+                                pause_until = Some(Instant::now() + job.pause);
+                            }
                         }
                     }
                 }
@@ -216,15 +233,18 @@ impl<'a> Waiter<'a> {
         }
     }
 
-    fn wait(&mut self, read: bool, write: bool) -> Ready {
+    /// Nothing is ready when the time is over; without one, it waits for ever.
+    fn wait(&mut self, read: bool, write: bool, limit: Option<Duration>) -> Ready {
+        // Rounded up, so that the time is over afterwards.
+        let limit_ms = limit.map(|limit| u16::try_from(limit.as_millis() + 1).unwrap_or(u16::MAX));
         match self {
             Waiter::Poll(fds) => {
                 let mut flags = PollFlags::empty();
                 flags.set(PollFlags::POLLIN, read);
                 flags.set(PollFlags::POLLOUT, write);
                 let mut list: Vec<PollFd> = fds.iter().map(|fd| PollFd::new(fd.as_fd(), flags)).collect();
-                match poll(&mut list, PollTimeout::NONE) {
-                    Ok(n) if n > 0 => (),
+                match poll(&mut list, limit_ms.map_or(PollTimeout::NONE, PollTimeout::from)) {
+                    Ok(n) if n > 0 || limit.is_some() => (),
                     other => fail!("poll: {other:?}"),
                 }
                 let any = |flag| list.iter().any(|fd| fd.revents().is_some_and(|got| got.intersects(flag)));
@@ -242,8 +262,9 @@ impl<'a> Waiter<'a> {
                     }
                 }
                 let highest = fds.iter().map(|fd| fd.as_raw_fd()).max().unwrap_or(0) + 1;
-                match select(highest, &mut reads, &mut writes, None, None) {
-                    Ok(n) if n > 0 => (),
+                let mut time = limit_ms.map(|ms| TimeVal::milliseconds(ms.into()));
+                match select(highest, &mut reads, &mut writes, None, time.as_mut()) {
+                    Ok(n) if n > 0 || limit.is_some() => (),
                     other => fail!("select: {other:?}"),
                 }
                 let any = |set: &FdSet| fds.iter().any(|fd| set.contains(fd.as_fd()));
@@ -264,8 +285,9 @@ impl<'a> Waiter<'a> {
                     *asked = now;
                 }
                 let mut events = [EpollEvent::empty(); 16];
-                let n = match epoll.wait(&mut events, EpollTimeout::NONE) {
-                    Ok(n) if n > 0 => n,
+                let time = limit_ms.map_or(EpollTimeout::NONE, EpollTimeout::from);
+                let n = match epoll.wait(&mut events, time) {
+                    Ok(n) if n > 0 || limit.is_some() => n,
                     other => fail!("epoll_wait: {other:?}"),
                 };
                 let mut ready = Ready { read: false, write: false };

@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The forwarder: stops processes, takes sockets out of them, puts sockets into them, and keeps what was taken out.
+//!
+//! It acts on what one router tells it over a unix socket, faces no network, and outlives the router.
+
+mod arch;
+mod exchange;
+mod fault;
+mod foothold;
+mod freeze;
+mod heap;
+mod holders;
+mod inject;
+mod inspect;
+mod mover;
+mod options;
+mod process;
+mod queue;
+mod rseq;
+mod server;
+mod site;
+mod table;
+mod transaction;
+
+use std::{
+    os::unix::{fs::PermissionsExt, net::UnixListener},
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+};
+
+use anyhow::{Context, Result, bail};
+use caps::{CapSet, Capability};
+use clap::Parser;
+use nix::sys::signal::{SigSet, Signal};
+
+/// To make sockets as carried over, to stop and change processes, to reach into their namespaces, and to look at sockets.
+const CAPABILITIES: [Capability; 4] =
+    [Capability::CAP_NET_ADMIN, Capability::CAP_SYS_PTRACE, Capability::CAP_SYS_ADMIN, Capability::CAP_BPF];
+
+/// Stops processes, takes sockets out of them and puts sockets into them, as a router tells it.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// Unix socket to listen on for the router; made with mode 0600.
+    #[arg(
+        long,
+        env = "FORWARDER_SOCKET",
+        default_value = "/run/ebpf-router/forwarder.sock",
+        value_name = "PATH"
+    )]
+    socket: PathBuf,
+
+    /// How much to log: ERROR, WARNING, INFO or DEBUG.
+    #[arg(long, env = "FORWARDER_LOGLEVEL", default_value = "INFO", value_name = "LEVEL", value_parser = log_level)]
+    log_level: log::LevelFilter,
+}
+
+fn log_level(text: &str) -> Result<log::LevelFilter, String> {
+    match text {
+        "ERROR" => Ok(log::LevelFilter::Error),
+        "WARNING" => Ok(log::LevelFilter::Warn),
+        "INFO" => Ok(log::LevelFilter::Info),
+        "DEBUG" => Ok(log::LevelFilter::Debug),
+        _ => Err("expected ERROR, WARNING, INFO or DEBUG".into()),
+    }
+}
+
+/// The program, from its command line to its end.
+pub fn main() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            let _ = error.print();
+            return if error.use_stderr() { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+        }
+    };
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    heap::return_large_buffers();
+    env_logger::Builder::new().filter_level(arguments.log_level).init();
+    probe()?;
+    // Before the first thread, so that all inherit it: a stop must not come while a process is frozen.
+    let mut stop = SigSet::empty();
+    stop.add(Signal::SIGTERM);
+    stop.add(Signal::SIGINT);
+    stop.thread_block().context("signals cannot be blocked")?;
+    let programs = inspect::Programs::load()?;
+    let site = site::Site::new(programs).context("no epoll set")?;
+    site.end_repairs()?;
+    let listener = listen(&arguments.socket)?;
+    log::info!("listening on {}", arguments.socket.display());
+    let serving = Arc::clone(&site);
+    std::thread::Builder::new().name("serve".into()).spawn(move || {
+        let error = server::serve(&serving, &listener);
+        log::error!("no router can be served any more: {error:?}");
+        std::process::exit(1);
+    })?;
+    let signal = stop.wait().context("waiting for signals")?;
+    let parked = site.close();
+    log::info!("{signal}: stopping; {parked} swapped connections have no way back any more");
+    std::fs::remove_file(&arguments.socket)
+        .with_context(|| format!("removing {}", arguments.socket.display()))
+}
+
+/// What this host and our privileges must offer.
+fn probe() -> Result<()> {
+    if foothold::room().is_none() {
+        bail!(
+            "this kernel's vDSO leaves less than {} bytes free at its end: nothing can be injected",
+            arch::foothold_len()
+        );
+    }
+    for capability in CAPABILITIES {
+        if !caps::has_cap(None, CapSet::Effective, capability).unwrap_or(false) {
+            bail!("{capability} is missing: run the forwarder as root, or with this capability added");
+        }
+    }
+    Ok(())
+}
+
+/// Take the socket's place; refuse while another forwarder answers there.
+fn listen(path: &Path) -> Result<UnixListener> {
+    if let Some(directory) = path.parent() {
+        std::fs::create_dir_all(directory)
+            .with_context(|| format!("making the directory {}", directory.display()))?;
+    }
+    if std::os::unix::net::UnixStream::connect(path).is_ok() {
+        bail!("another forwarder listens on {}: stop it, or give another --socket", path.display());
+    }
+    match std::fs::remove_file(path) {
+        Ok(()) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => {
+            return Err(error).with_context(|| format!("removing the old socket {}", path.display()));
+        }
+    }
+    let listener = UnixListener::bind(path).with_context(|| format!("listening on {}", path.display()))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}

@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+//! No application can tell: a row of test/TRANSPARENCY.md for each behaviour, and a test for each row.
+//!
+//! A test brings a connection into a state, moves it between overlay and host network while it is there, and checks
+//! that both programs saw what they would have seen without that. All tests share one lab: they differ in ports.
+
+mod addresses;
+mod calls;
+mod matrix;
+mod namespaces;
+mod processes;
+mod readiness;
+mod sharing;
+mod state;
+
+use anyhow::Result;
+
+/// Their tests are ignored: the table has them nevertheless.
+#[test]
+fn open_rows_are_told() -> Result<()> {
+    [
+        calls::OPEN,
+        readiness::OPEN,
+        sharing::OPEN,
+        processes::OPEN,
+        state::OPEN,
+        namespaces::OPEN,
+        addresses::OPEN,
+    ]
+    .into_iter()
+    .flatten()
+    .try_for_each(|(row, reason)| row.is_open(reason))
+}
