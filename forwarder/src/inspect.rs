@@ -188,10 +188,16 @@ impl Programs {
         if bytes.len() % size != 0 {
             return Err(InspectError::ShortRecord { received: bytes.len() % size, expected: size });
         }
-        bytes
+        let listed: Result<Vec<Descriptor>, InspectError> = bytes
             .chunks_exact(size)
             .map(|chunk| copy_record::<types::descriptor>(chunk).map(Descriptor::from))
-            .collect()
+            .collect();
+        // A child of ours that reads a queue (see `crate::queue`) has our descriptors, and is no holder of them.
+        let mut listed = listed?;
+        let own = std::process::id() as i32;
+        let our_table = listed.iter().find(|d| d.tgid == own).map(|d| d.table);
+        listed.retain(|d| d.tgid == own || Some(d.table) != our_table);
+        Ok(listed)
     }
 
     /// A place to look from.

@@ -15,6 +15,7 @@ mod inspect;
 mod mover;
 mod options;
 mod process;
+mod queue;
 mod rseq;
 mod server;
 mod site;
@@ -94,6 +95,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     stop.thread_block().context("signals cannot be blocked")?;
     let programs = inspect::Programs::load()?;
     let site = site::Site::new(programs).context("no epoll set")?;
+    site.end_repairs()?;
     let listener = listen(&arguments.socket)?;
     log::info!("listening on {}", arguments.socket.display());
     let serving = Arc::clone(&site);

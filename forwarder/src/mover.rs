@@ -16,7 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use forwarder_api::{Direction, Moved, Outcome, Refusal, Role, SocketInode};
+use forwarder_api::{Direction, Manner, Moved, Outcome, Refusal, Role, SocketInode};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
@@ -38,9 +38,10 @@ use crate::{
     holders::has_fired_one_shot,
     inspect::{Inspector, SocketFacts, TCP_ESTABLISHED},
     options::{ReceiveRoom, Shallow},
-    site::{Parked, Prepared, PreparedEnd, Site, locked, report},
+    queue,
+    site::{Parked, Prepared, PreparedEnd, Site, locked, report, reset},
     table::COMMIT,
-    transaction::{Action, End, Event, Look, Message},
+    transaction::{Action, End, Event, Look, Message, Queue},
 };
 
 /// A connection whose queues hold more than this is made shallow before it is frozen, in bytes.
@@ -141,6 +142,13 @@ pub fn new_sockets(prepared: &mut Prepared, given: Vec<OwnedFd>) -> Result<Vec<O
     if sockets.len() == prepared.ends.len() { Ok(sockets) } else { Err(Refusal::HostPathFailed) }
 }
 
+/// What the router wants.
+pub struct Task {
+    pub role: Role,
+    pub manner: Manner,
+    pub budget: Duration,
+}
+
 /// One end of a transaction between two hosts.
 pub struct Remote {
     site: Arc<Site>,
@@ -149,6 +157,7 @@ pub struct Remote {
     /// The connection of the transaction itself, see [`crate::transaction`].
     witness: OwnedFd,
     role: Role,
+    manner: Manner,
     budget: Duration,
     mailbox: Arc<Mailbox>,
     tell: Tell,
@@ -159,12 +168,12 @@ impl Remote {
         site: &Arc<Site>,
         prepared: Prepared,
         [new, witness]: [OwnedFd; 2],
-        role: Role,
-        budget: Duration,
+        Task { role, manner, budget }: Task,
         mailbox: Arc<Mailbox>,
         tell: Tell,
     ) -> Remote {
-        Remote { site: Arc::clone(site), prepared, new: Some(new), witness, role, budget, mailbox, tell }
+        let site = Arc::clone(site);
+        Remote { site, prepared, new: Some(new), witness, role, manner, budget, mailbox, tell }
     }
 
     /// Run to the end. To be called on a thread of its own.
@@ -205,7 +214,7 @@ impl Remote {
             silence_ends: Some(Instant::now() + WAIT_FOR_FREEZE),
             ended: None,
         };
-        let mut machine = End::new(running.mover.role, direction);
+        let mut machine = End::new(running.mover.role, direction, running.mover.manner);
         running.run(&mut machine);
         let result = running.ended.take().unwrap_or(Err(Refusal::InjectionFailed));
         let figures = Figures {
@@ -263,6 +272,11 @@ impl Remote {
             }
             Direction::ToOverlay => {
                 self.prepared.parked = None;
+                if self.manner == Manner::Salvage {
+                    // Nobody acknowledges what is in it, nor its end: it would be sent again and again for a quarter of
+                    // an hour. A reset that arrives finds the peer's socket out of use, too.
+                    reset(&end.old);
+                }
                 None
             }
         };
@@ -338,6 +352,9 @@ impl Running<'_> {
             }
             Action::MakeShallow => self.make_shallow(),
             Action::Freeze => Some(self.freeze().map_or_else(Event::FreezeFailed, Event::Frozen)),
+            Action::FreezeAndSave => {
+                Some(self.freeze_and_save().map_or_else(Event::FreezeFailed, Event::Saved))
+            }
             Action::LookAgain { with_unread } => {
                 self.with_unread = with_unread;
                 self.look_at = Some(if with_unread { Instant::now() } else { Instant::now() + SETTLE_POLL });
@@ -427,6 +444,14 @@ impl Running<'_> {
         Ok(look)
     }
 
+    fn freeze_and_save(&mut self) -> Result<Queue, Refusal> {
+        self.freeze()?;
+        let facts = self.facts.as_ref().ok_or(Refusal::HolderVanished)?;
+        let unacknowledged = facts.write_seq.wrapping_sub(facts.snd_una) as usize;
+        let bytes = queue::peek(self.end.old.as_fd(), unacknowledged)?;
+        Ok(Queue { write_seq: facts.write_seq, bytes })
+    }
+
     fn look(&mut self) -> Event {
         let looked = || -> Result<(SocketFacts, Look), Refusal> {
             let facts = self
@@ -441,7 +466,7 @@ impl Running<'_> {
         match looked {
             Ok((facts, look)) => {
                 self.facts = Some(facts);
-                if self.receive_room.is_none() {
+                if self.receive_room.is_none() && self.mover.manner == Manner::Settle {
                     // Something is on its way, and nobody reads: make room for it to land.
                     let room = forwarder_api::MAX_UNREAD_BYTES;
                     self.receive_room = ReceiveRoom::make(self.end.old.as_fd(), room).ok();

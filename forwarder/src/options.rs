@@ -283,9 +283,13 @@ impl Drop for ReceiveRoom<'_> {
     }
 }
 
-fn get_int(socket: BorrowedFd<'_>, level: i32, name: i32) -> Option<i32> {
+pub fn get_int(socket: BorrowedFd<'_>, level: i32, name: i32) -> Option<i32> {
     let mut bytes = [0; 4];
     (get(socket, level, name, &mut bytes)? == 4).then(|| i32::from_ne_bytes(bytes))
+}
+
+pub fn set_int(socket: BorrowedFd<'_>, level: i32, name: i32, value: i32) -> bool {
+    set(socket, level, name, &value.to_ne_bytes()).is_ok()
 }
 
 /// The length of the value; `None` if this kernel or socket does not have the option.

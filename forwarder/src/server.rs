@@ -24,7 +24,7 @@ use std::{
 };
 
 use forwarder_api::{
-    ConnId, Direction, Event, Frame, FrameError, Outcome, Refusal, Request, Role, SocketInode, SocketRecord,
+    ConnId, Direction, Event, Frame, FrameError, Outcome, Refusal, Request, SocketInode, SocketRecord,
     VERSION,
 };
 use nix::sys::socket::{
@@ -34,7 +34,7 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
     inspect::{Descriptor, Kind, TCP_LISTEN},
-    mover::{Finished, Mailbox, Remote, new_sockets, run_local},
+    mover::{Finished, Mailbox, Remote, Task, new_sockets, run_local},
     process::Tgid,
     site::{Prepared, Site, locked},
     transaction,
@@ -208,7 +208,10 @@ impl Session {
                     session.prepared(conn, result);
                 });
             }
-            Request::Move { conn, role, budget_us } => self.start_remote(conn, role, budget_us, fds),
+            Request::Move { conn, role, manner, budget_us } => {
+                let budget = Duration::from_micros(u64::from(budget_us));
+                self.start_remote(conn, Task { role, manner, budget }, fds);
+            }
             Request::MoveLocal { conn, budget_us } => self.start_local(conn, budget_us, fds),
             Request::FromPeer { conn, message } => self.hear_peer(conn, &message),
             Request::Cancel { conn, reason } => self.cancel(conn, reason),
@@ -252,7 +255,7 @@ impl Session {
         Ok((prepared, sockets, Arc::clone(&connection.mailbox)))
     }
 
-    fn start_remote(self: &Arc<Self>, conn: ConnId, role: Role, budget_us: u32, mut fds: Vec<OwnedFd>) {
+    fn start_remote(self: &Arc<Self>, conn: ConnId, task: Task, mut fds: Vec<OwnedFd>) {
         let witness = fds.pop();
         let (prepared, mut sockets, mailbox) = match self.take(conn, fds) {
             Ok(taken) => taken,
@@ -263,8 +266,7 @@ impl Session {
         };
         let session = Arc::clone(self);
         let tell = Box::new(move |message: &transaction::Message| session.tell(conn, message));
-        let budget = Duration::from_micros(u64::from(budget_us));
-        let remote = Remote::new(&self.site, prepared, [socket, witness], role, budget, mailbox, tell);
+        let remote = Remote::new(&self.site, prepared, [socket, witness], task, mailbox, tell);
         let session = Arc::clone(self);
         self.spawn("move", Some(conn), move || session.finished(conn, remote.run()));
     }

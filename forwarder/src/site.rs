@@ -17,6 +17,7 @@ use crate::{
     inspect::{Descriptor, InspectError, Kind, Programs, SocketFacts, TCP_ESTABLISHED},
     options,
     process::{self, RemoteFd, Tgid},
+    queue,
 };
 
 /// How long transactions may take to end when the forwarder stops.
@@ -188,7 +189,7 @@ impl Site {
 
     pub fn park(&self, conn: ConnId, parked: Parked) {
         if locked(&self.forsaken).remove(&conn) {
-            return reset(&parked);
+            return reset_all(&parked);
         }
         fault::point(Point::Parking);
         let mut all = locked(&self.parked);
@@ -214,7 +215,7 @@ impl Site {
     pub fn release(&self, conn: ConnId) -> bool {
         match self.unpark(conn) {
             Some(parked) => {
-                reset(&parked);
+                reset_all(&parked);
                 true
             }
             None => {
@@ -270,6 +271,26 @@ impl Site {
         }
     }
 
+    /// Host sockets that an earlier forwarder was killed over, while it read their queues: see [`queue`].
+    pub fn end_repairs(&self) -> Result<(), InspectError> {
+        let Ok(host_network) = process::network_namespace(self.own) else { return Ok(()) };
+        for d in self.programs.descriptors()? {
+            // A program of the host that has a socket of its own in repair mode does so on purpose.
+            let is_of_container =
+                || process::network_namespace(Tgid(d.tgid)).is_ok_and(|own| own != host_network);
+            if d.kind != Kind::Tcp || d.netns != host_network || !is_of_container() {
+                continue;
+            }
+            let socket =
+                process::pidfd(Tgid(d.tgid)).and_then(|pidfd| process::copy_fd(&pidfd, RemoteFd(d.fd)));
+            // An error: the process has ended or closed it.
+            if socket.is_ok_and(|socket| queue::leave_repair(socket.as_fd())) {
+                log::warn!("process {}: its descriptor {} was in repair mode", d.tgid, d.fd);
+            }
+        }
+        Ok(())
+    }
+
     pub fn list_parked(&self) -> Vec<ParkedConn> {
         let parked = locked(&self.parked);
         parked
@@ -286,11 +307,14 @@ impl Site {
 
 /// Close parked sockets by a reset: the one of a pair that closed first in the orderly way would stay in TIME_WAIT, and
 /// keep a server that the application starts anew from its own address.
-fn reset(parked: &Parked) {
+fn reset_all(parked: &Parked) {
+    parked.overlay.iter().for_each(reset);
+}
+
+/// Once the last reference to this socket goes, it is closed by a reset.
+pub fn reset(socket: &OwnedFd) {
     let now = libc::linger { l_onoff: 1, l_linger: 0 };
-    for socket in &parked.overlay {
-        let _ = nix::sys::socket::setsockopt(socket, nix::sys::socket::sockopt::Linger, &now);
-    }
+    let _ = nix::sys::socket::setsockopt(socket, nix::sys::socket::sockopt::Linger, &now);
 }
 
 /// Refuse a socket in a state that cannot be moved.

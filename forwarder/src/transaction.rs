@@ -21,6 +21,21 @@
 //!                ▼                                      ▼
 //!              Ended: moved                          Ended: moved
 //! ```
+//! Where the old connection carries nothing any more ([`Manner::Salvage`]) nothing can settle, and nothing needs to:
+//! ```text
+//!              decider                                follower
+//!   Start ──► Saving: tell Freeze                Start ──► Waiting
+//!                │ frozen, queue read                   │ Freeze
+//!                ▼                                      ▼
+//!             Saved ◄───────── Saved, both ways ───── Saving, Saved
+//!                │ ◄───────── looks, both ways ───────► │
+//!                ▼ bytes to carry known                 ▼ the same: arm
+//!             Armed                                  Promised        and on as above
+//! ```
+//! What an end has not got acknowledged is in its own send queue; the peer's look says from where on it is missing. What
+//! of it still arrives changes nothing, because the look comes after both ends have read their queues: it tells of no
+//! less than was acknowledged by then.
+//!
 //! The *witness* is a connection between the two hosts that serves one transaction and nothing else. Its one byte each
 //! way is sent by the blocks themselves, so that no forwarder is needed between the decider's gate and the end: a block
 //! goes through to its end without its forwarder. Its end without a byte says that there will be none.
@@ -33,7 +48,9 @@
 //!   up, before it let its gate go;
 //! * the follower's blocks go back by themselves, and end the witness, when one of its processes cannot follow.
 
-use forwarder_api::{Direction, Refusal, Role};
+mod salvage;
+
+use forwarder_api::{Direction, Manner, Refusal, Role};
 use serde::{Deserialize, Serialize};
 
 /// Sequence numbers and unread bytes of an end, seen while it is frozen.
@@ -46,12 +63,21 @@ pub struct Look {
     pub unread: Option<Vec<u8>>,
 }
 
+/// The last bytes that an end has written, up to `write_seq`: at least those that are not acknowledged.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Queue {
+    pub write_seq: u32,
+    pub bytes: Vec<u8>,
+}
+
 /// What one end tells the other, through the routers.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Message {
     /// The follower's end of the old connection carries little enough, or has had its time to.
     Calm,
     Freeze,
+    /// The sender is frozen and has read its queue: it can give whatever does not arrive from now on.
+    Saved,
     Look(Look),
     /// The follower has promised to move when it sees the commit mark.
     Armed,
@@ -67,6 +93,8 @@ pub enum Event {
     /// The old connection carries little enough now, or has had its time to.
     Calm,
     Frozen(Look),
+    /// Frozen, and the queue read.
+    Saved(Queue),
     FreezeFailed(Refusal),
     Looked(Look),
     Peer(Message),
@@ -91,6 +119,8 @@ pub enum Action {
     Tell(Message),
     MakeShallow,
     Freeze,
+    /// Freeze, and read the send queue.
+    FreezeAndSave,
     /// Look again soon; take the unread bytes along, if `with_unread`.
     LookAgain {
         with_unread: bool,
@@ -126,6 +156,16 @@ pub enum Stage {
         mine: Look,
         theirs: Option<Look>,
     },
+    /// Being frozen and its queue read. `peer_saved`: the peer has done both.
+    Saving {
+        peer_saved: bool,
+    },
+    /// The looks, once both are saved.
+    Saved {
+        queue: Queue,
+        mine: Option<Look>,
+        theirs: Option<Look>,
+    },
     /// Being armed. `peer_armed`: the follower's promise came already.
     Arming {
         peer_armed: bool,
@@ -144,12 +184,13 @@ pub enum Stage {
 pub struct End {
     role: Role,
     direction: Direction,
+    manner: Manner,
     stage: Stage,
 }
 
 impl End {
-    pub fn new(role: Role, direction: Direction) -> End {
-        End { role, direction, stage: Stage::Idle }
+    pub fn new(role: Role, direction: Direction, manner: Manner) -> End {
+        End { role, direction, manner, stage: Stage::Idle }
     }
 
     pub fn is_over(&self) -> bool {
@@ -171,6 +212,8 @@ impl End {
             Stage::Waiting => self.waiting(event),
             Stage::Freezing { theirs } => self.freezing(theirs, event),
             Stage::Frozen { mine, theirs } => self.frozen(mine, theirs, event),
+            Stage::Saving { peer_saved } => self.saving(peer_saved, event),
+            Stage::Saved { queue, mine, theirs } => self.saved(queue, mine, theirs, event),
             Stage::Arming { peer_armed } => self.arming(peer_armed, event),
             Stage::Armed => self.armed(event),
             Stage::Promised => self.promised(event),
@@ -181,13 +224,18 @@ impl End {
 
     fn idle(&self, event: Event) -> (Stage, Vec<Action>) {
         match event {
-            Event::Start => match self.role {
-                Role::Decider => (Stage::Calming { mine: false, theirs: false }, vec![Action::MakeShallow]),
-                Role::Follower => (Stage::Waiting, vec![Action::MakeShallow]),
+            Event::Start => match (self.manner, self.role) {
+                (Manner::Settle, Role::Decider) => {
+                    (Stage::Calming { mine: false, theirs: false }, vec![Action::MakeShallow])
+                }
+                (Manner::Settle, Role::Follower) => (Stage::Waiting, vec![Action::MakeShallow]),
+                (Manner::Salvage, Role::Decider) => self.freeze(vec![Action::Tell(Message::Freeze)]),
+                (Manner::Salvage, Role::Follower) => (Stage::Waiting, vec![]),
             },
             Event::Cancel(reason) => self.abort(reason),
             Event::Calm
             | Event::Frozen(_)
+            | Event::Saved(_)
             | Event::FreezeFailed(_)
             | Event::Looked(_)
             | Event::Peer(_)
@@ -204,17 +252,18 @@ impl End {
 
     fn calming(&self, mine: bool, theirs: bool, event: Event) -> (Stage, Vec<Action>) {
         match event {
-            Event::Calm => calmed(true, theirs),
-            Event::Peer(Message::Calm) => calmed(mine, true),
+            Event::Calm => self.calmed(true, theirs),
+            Event::Peer(Message::Calm) => self.calmed(mine, true),
             Event::Peer(Message::Abort { .. }) => self.go_back(Refusal::PeerAborted),
             Event::WitnessEnded => self.abort(Refusal::HostPathFailed),
             Event::SilenceOver => self.abort(Refusal::PeerGone),
             Event::Cancel(reason) => self.abort(reason),
             Event::Start
             | Event::Frozen(_)
+            | Event::Saved(_)
             | Event::FreezeFailed(_)
             | Event::Looked(_)
-            | Event::Peer(Message::Freeze | Message::Look(_) | Message::Armed)
+            | Event::Peer(Message::Freeze | Message::Saved | Message::Look(_) | Message::Armed)
             | Event::Armed
             | Event::ArmFailed(_)
             | Event::Installed
@@ -227,16 +276,17 @@ impl End {
     fn waiting(&self, event: Event) -> (Stage, Vec<Action>) {
         match event {
             Event::Calm => (Stage::Waiting, vec![Action::Tell(Message::Calm)]),
-            Event::Peer(Message::Freeze) => (Stage::Freezing { theirs: None }, vec![Action::Freeze]),
+            Event::Peer(Message::Freeze) => self.freeze(vec![]),
             Event::Peer(Message::Abort { .. }) => self.go_back(Refusal::PeerAborted),
             Event::WitnessEnded => self.abort(Refusal::HostPathFailed),
             Event::SilenceOver => self.abort(Refusal::PeerGone),
             Event::Cancel(reason) => self.abort(reason),
             Event::Start
             | Event::Frozen(_)
+            | Event::Saved(_)
             | Event::FreezeFailed(_)
             | Event::Looked(_)
-            | Event::Peer(Message::Calm | Message::Look(_) | Message::Armed)
+            | Event::Peer(Message::Calm | Message::Saved | Message::Look(_) | Message::Armed)
             | Event::Armed
             | Event::ArmFailed(_)
             | Event::Installed
@@ -244,6 +294,25 @@ impl End {
             | Event::Commit
             | Event::BudgetOver => (Stage::Waiting, vec![]),
         }
+    }
+
+    /// The decider freezes when both ends are calm.
+    fn calmed(&self, mine: bool, theirs: bool) -> (Stage, Vec<Action>) {
+        if mine && theirs {
+            self.freeze(vec![Action::Tell(Message::Freeze)])
+        } else {
+            (Stage::Calming { mine, theirs }, vec![])
+        }
+    }
+
+    /// After these actions.
+    fn freeze(&self, mut actions: Vec<Action>) -> (Stage, Vec<Action>) {
+        let (stage, freeze) = match self.manner {
+            Manner::Settle => (Stage::Freezing { theirs: None }, Action::Freeze),
+            Manner::Salvage => (Stage::Saving { peer_saved: false }, Action::FreezeAndSave),
+        };
+        actions.push(freeze);
+        (stage, actions)
     }
 
     fn freezing(&self, theirs: Option<Look>, event: Event) -> (Stage, Vec<Action>) {
@@ -262,8 +331,9 @@ impl End {
             Event::BudgetOver => self.abort(Refusal::FreezeBudget),
             Event::Start
             | Event::Calm
+            | Event::Saved(_)
             | Event::Looked(_)
-            | Event::Peer(Message::Calm | Message::Freeze | Message::Armed)
+            | Event::Peer(Message::Calm | Message::Freeze | Message::Saved | Message::Armed)
             | Event::Armed
             | Event::ArmFailed(_)
             | Event::Installed
@@ -297,8 +367,9 @@ impl End {
             Event::Start
             | Event::Calm
             | Event::Frozen(_)
+            | Event::Saved(_)
             | Event::FreezeFailed(_)
-            | Event::Peer(Message::Calm | Message::Freeze)
+            | Event::Peer(Message::Calm | Message::Freeze | Message::Saved)
             | Event::Armed
             | Event::ArmFailed(_)
             | Event::Installed
@@ -347,9 +418,10 @@ impl End {
             Event::Start
             | Event::Calm
             | Event::Frozen(_)
+            | Event::Saved(_)
             | Event::FreezeFailed(_)
             | Event::Looked(_)
-            | Event::Peer(Message::Calm | Message::Freeze | Message::Look(_))
+            | Event::Peer(Message::Calm | Message::Freeze | Message::Saved | Message::Look(_))
             | Event::Installed
             | Event::InstallFailed(_)
             | Event::Commit
@@ -367,9 +439,10 @@ impl End {
             Event::Start
             | Event::Calm
             | Event::Frozen(_)
+            | Event::Saved(_)
             | Event::FreezeFailed(_)
             | Event::Looked(_)
-            | Event::Peer(Message::Calm | Message::Freeze | Message::Look(_))
+            | Event::Peer(Message::Calm | Message::Freeze | Message::Saved | Message::Look(_))
             | Event::Armed
             | Event::ArmFailed(_)
             | Event::Installed
@@ -388,9 +461,12 @@ impl End {
             Event::Start
             | Event::Calm
             | Event::Frozen(_)
+            | Event::Saved(_)
             | Event::FreezeFailed(_)
             | Event::Looked(_)
-            | Event::Peer(Message::Calm | Message::Freeze | Message::Look(_) | Message::Armed)
+            | Event::Peer(
+                Message::Calm | Message::Freeze | Message::Saved | Message::Look(_) | Message::Armed,
+            )
             | Event::Armed
             | Event::ArmFailed(_)
             | Event::Installed
@@ -409,6 +485,7 @@ impl End {
             Event::Start
             | Event::Calm
             | Event::Frozen(_)
+            | Event::Saved(_)
             | Event::FreezeFailed(_)
             | Event::Looked(_)
             | Event::Peer(_)
@@ -445,15 +522,6 @@ impl End {
         let (stage, mut actions) = self.go_back(reason);
         actions.insert(0, Action::Tell(Message::Abort { reason }));
         (stage, actions)
-    }
-}
-
-/// The decider freezes when both ends are calm.
-fn calmed(mine: bool, theirs: bool) -> (Stage, Vec<Action>) {
-    if mine && theirs {
-        (Stage::Freezing { theirs: None }, vec![Action::Tell(Message::Freeze), Action::Freeze])
-    } else {
-        (Stage::Calming { mine, theirs }, vec![])
     }
 }
 

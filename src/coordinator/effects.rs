@@ -18,10 +18,10 @@ impl Coordinator {
     pub(super) async fn act(&mut self, action: Action) {
         match action {
             Action::Forwarder(request) => self.ask(request, vec![]),
-            Action::Move { conn, role, names } => {
+            Action::Move { conn, role, manner, names } => {
                 let fds = self.named(conn, &[names]);
                 let budget_us = self.budget_us();
-                self.ask(Request::Move { conn, role, budget_us }, fds);
+                self.ask(Request::Move { conn, role, manner, budget_us }, fds);
             }
             Action::MoveLocal { conn, names } => {
                 let fds = self.named(conn, &names);

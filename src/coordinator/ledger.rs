@@ -19,7 +19,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use forwarder_api::{ConnId, Direction, Moved, Outcome, Refusal, Request, Role, SocketInode};
+use forwarder_api::{ConnId, Direction, Manner, Moved, Outcome, Refusal, Request, Role, SocketInode};
 
 use super::{
     flow::{Attempt, Flow, FlowView, Home, Note, NotedEnd, OnHost, Order, Path, PeerSays},
@@ -116,6 +116,7 @@ pub enum Action {
     Move {
         conn: ConnId,
         role: Role,
+        manner: Manner,
         names: Names,
     },
     /// Likewise, with both host sockets.

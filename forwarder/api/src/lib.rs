@@ -16,11 +16,15 @@ pub use frame::{Frame, FrameError, MAX_FRAME};
 pub use refusal::Refusal;
 
 /// Bumped with every change of a type in this crate; both sides refuse to talk to another version.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Unread bytes (see design: acknowledged by the kernel, not yet read by the application) that one end of a swap
 /// may carry over, in bytes. More is refused with [`Refusal::TooManyUnreadBytes`].
 pub const MAX_UNREAD_BYTES: usize = 16 << 20;
+
+/// Bytes not acknowledged that one end of a [`Manner::Salvage`] may take out of its send queue, in bytes: far more than
+/// the kernel lets a queue grow to by itself. More is refused with [`Refusal::TooManyUnreadBytes`].
+pub const MAX_QUEUED_BYTES: usize = 64 << 20;
 
 /// A connection under the routers' care: drawn at random by the deciding router, the same at both ends.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -58,6 +62,16 @@ pub enum Direction {
     ToOverlay,
 }
 
+/// What becomes of the bytes that are on their way when both ends are stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Manner {
+    /// They arrive: the connection is made calm, and moves once nothing is in flight.
+    Settle,
+    /// They are taken out of the queue of the end that sent them: the connection carries nothing any more. Only for
+    /// [`Direction::ToOverlay`].
+    Salvage,
+}
+
 /// From router to forwarder.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Request {
@@ -73,7 +87,7 @@ pub enum Request {
     /// Run the transaction of a prepared connection, between two hosts. Carries fds, each connected to the same at the
     /// other host, with nothing sent or received that is not consumed: `ToHost` the host socket; then the witness, over
     /// which the two ends of the transaction agree. Answered by [`Event::Ended`].
-    Move { conn: ConnId, role: Role, budget_us: u32 },
+    Move { conn: ConnId, role: Role, manner: Manner, budget_us: u32 },
     /// The same for a connection whose two ends both live on this host, in one freeze. Both sockets were prepared
     /// under the same `conn`. `ToHost` carries two fds: the host sockets for `first` and `second`, connected to
     /// each other.

@@ -19,6 +19,7 @@ enum Doing {
     Nothing,
     Calming,
     Freezing,
+    Saving,
     Looking,
     Arming,
     Installing,
@@ -54,8 +55,9 @@ struct Side {
     alive: bool,
     doing: Doing,
     frozen: bool,
-    /// Nothing is in flight towards or from this end any more.
-    settled: bool,
+    /// The byte that was on its way to this end has arrived; its sender knows.
+    landed: bool,
+    acknowledged: bool,
     path: Path,
     block: Block,
     /// The forwarder has its copies.
@@ -94,20 +96,48 @@ struct World {
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Step {
-    Finish { side: usize, well: bool },
-    Deliver { side: usize },
-    ReadCommit { side: usize },
-    SeeEnd { side: usize },
-    BudgetOver { side: usize },
-    Cancel { side: usize },
-    Silence { side: usize },
-    Block { side: usize, well: bool },
+    Finish {
+        side: usize,
+        well: bool,
+    },
+    /// The old connection carries something after all.
+    Land {
+        side: usize,
+    },
+    Acknowledge {
+        side: usize,
+    },
+    Deliver {
+        side: usize,
+    },
+    ReadCommit {
+        side: usize,
+    },
+    SeeEnd {
+        side: usize,
+    },
+    BudgetOver {
+        side: usize,
+    },
+    Cancel {
+        side: usize,
+    },
+    Silence {
+        side: usize,
+    },
+    Block {
+        side: usize,
+        well: bool,
+    },
     CutRouters,
-    Kill { side: usize },
+    Kill {
+        side: usize,
+    },
 }
 
 struct Transaction {
     direction: Direction,
+    manner: Manner,
     kills: u8,
 }
 
@@ -115,17 +145,33 @@ fn peer(side: usize) -> usize {
     1 - side
 }
 
-/// What each application had not read when it was frozen.
+/// What was written for each application and not read by it: the last byte is on its way when it is frozen.
 fn unread(side: usize) -> Vec<u8> {
-    vec![side as u8 + 1]
+    vec![side as u8 + 1, side as u8 + 11]
+}
+
+/// 100 was written by side 0, 200 by side 1.
+fn write_seq(side: usize) -> u32 {
+    [100, 200][side]
 }
 
 impl Transaction {
-    fn look(side: usize, settled: bool) -> Look {
-        // 100 written by side 0, 200 by side 1; the last byte may still be on its way.
-        let late = u32::from(!settled);
-        let (mine, theirs) = if side == 0 { (100, 200) } else { (200, 100) };
-        Look { write_seq: mine, rcv_nxt: theirs - late, unread: settled.then(|| unread(side)) }
+    fn look(&self, world: &World, side: usize) -> Look {
+        let landed = world.sides[side].landed;
+        let mut unread = unread(side);
+        unread.truncate(1 + usize::from(landed));
+        let with_unread = landed || self.manner == Manner::Salvage;
+        Look {
+            write_seq: write_seq(side),
+            rcv_nxt: write_seq(peer(side)) - u32::from(!landed),
+            unread: with_unread.then_some(unread),
+        }
+    }
+
+    /// What is for the other end and not acknowledged by it.
+    fn queue(world: &World, side: usize) -> Queue {
+        let acknowledged = usize::from(world.sides[peer(side)].acknowledged);
+        Queue { write_seq: write_seq(side), bytes: unread(peer(side))[1 + acknowledged..].to_vec() }
     }
 
     fn feed(&self, world: &mut World, side: usize, event: Event) {
@@ -144,6 +190,7 @@ impl Transaction {
             }
             Action::MakeShallow => here.doing = Doing::Calming,
             Action::Freeze => here.doing = Doing::Freezing,
+            Action::FreezeAndSave => here.doing = Doing::Saving,
             Action::LookAgain { .. } => here.doing = Doing::Looking,
             Action::Arm { carry } => {
                 here.loaded = carry;
@@ -214,11 +261,12 @@ impl Model for Transaction {
 
     fn init_states(&self) -> Vec<World> {
         let side = |role| Side {
-            machine: End::new(role, self.direction),
+            machine: End::new(role, self.direction, self.manner),
             alive: true,
             doing: Doing::Nothing,
             frozen: false,
-            settled: false,
+            landed: false,
+            acknowledged: false,
             path: Path::Old,
             block: Block::None,
             holds_new: true,
@@ -244,6 +292,14 @@ impl Model for Transaction {
 
     fn actions(&self, world: &World, steps: &mut Vec<Step>) {
         for (side, here) in world.sides.iter().enumerate() {
+            let over = world.sides.iter().all(Side::is_over);
+            if self.manner == Manner::Salvage && !over {
+                match (here.landed, here.acknowledged) {
+                    (false, _) => steps.push(Step::Land { side }),
+                    (true, false) => steps.push(Step::Acknowledge { side }),
+                    (true, true) => {}
+                }
+            }
             if here.block.is_active() && here.block != Block::AtGate {
                 steps.push(Step::Block { side, well: true });
                 if here.block != Block::Waiting {
@@ -262,7 +318,7 @@ impl Model for Transaction {
                 Doing::Calming | Doing::Looking | Doing::Installing => {
                     steps.push(Step::Finish { side, well: true });
                 }
-                Doing::Freezing | Doing::Arming => {
+                Doing::Freezing | Doing::Saving | Doing::Arming => {
                     steps.extend([true, false].map(|well| Step::Finish { side, well }));
                 }
             }
@@ -293,20 +349,28 @@ impl Model for Transaction {
     fn next_state(&self, world: &World, step: Step) -> Option<World> {
         let mut next = world.clone();
         match step {
+            Step::Land { side } => next.sides[side].landed = true,
+            Step::Acknowledge { side } => next.sides[side].acknowledged = true,
             Step::Finish { side, well } => {
+                let queue = Self::queue(world, side);
+                if world.sides[side].doing == Doing::Looking && self.manner == Manner::Settle {
+                    next.sides[side].landed = true;
+                }
+                let look = self.look(&next, side);
                 let here = &mut next.sides[side];
                 let event = match (std::mem::replace(&mut here.doing, Doing::Nothing), well) {
                     (Doing::Nothing, _) => return None,
                     (Doing::Calming, _) => Event::Calm,
                     (Doing::Freezing, true) => {
                         here.frozen = true;
-                        Event::Frozen(Self::look(side, here.settled))
+                        Event::Frozen(look)
                     }
-                    (Doing::Freezing, false) => Event::FreezeFailed(Refusal::FreezeBudget),
-                    (Doing::Looking, _) => {
-                        here.settled = true;
-                        Event::Looked(Self::look(side, true))
+                    (Doing::Saving, true) => {
+                        here.frozen = true;
+                        Event::Saved(queue)
                     }
+                    (Doing::Freezing | Doing::Saving, false) => Event::FreezeFailed(Refusal::FreezeBudget),
+                    (Doing::Looking, _) => Event::Looked(look),
                     (Doing::Arming, true) => {
                         here.block = Block::AtGate;
                         Event::Armed
@@ -376,7 +440,7 @@ impl Model for Transaction {
                         let there = &world.sides[peer(side)];
                         let used = here.path == Path::New && here.is_running()
                             || there.path == Path::New && there.is_running();
-                        if used { here.incoming == unread(side) } else { here.incoming.len() <= 1 }
+                        if used { here.incoming == unread(side) } else { here.incoming.len() <= 2 }
                     })
                 },
             ),
@@ -397,6 +461,9 @@ impl Model for Transaction {
                     Some(Err(_)) => side.path == Path::Old,
                     None => true,
                 })
+            }),
+            Property::always("the two ends of one connection are no strangers", |_, world: &World| {
+                world.sides.iter().all(|side| side.result != Some(Err(Refusal::NotTheSameConnection)))
             }),
             Property::always("nothing stays frozen when it is over", |_, world: &World| {
                 !over(world) || world.sides.iter().all(Side::is_running)
@@ -426,11 +493,11 @@ impl Model for Transaction {
     }
 }
 
-fn check(direction: Direction) {
-    let model = Transaction { direction, kills: 2 };
+fn check(direction: Direction, manner: Manner) {
+    let model = Transaction { direction, manner, kills: 2 };
     let checker = model.checker().threads(2).timeout(std::time::Duration::from_secs(300)).spawn_bfs().join();
     println!(
-        "{direction:?}: {} states, {} of them different, depth {}, both forwarders killed at any step, routers cut at any step",
+        "{direction:?}, {manner:?}: {} states, {} of them different, depth {}, both forwarders killed at any step, routers cut at any step",
         checker.state_count(),
         checker.unique_state_count(),
         checker.max_depth()
@@ -441,12 +508,38 @@ fn check(direction: Direction) {
 
 #[test]
 fn a_swap_is_safe_in_every_order_of_messages_and_kills() {
-    check(Direction::ToHost);
+    check(Direction::ToHost, Manner::Settle);
 }
 
 #[test]
 fn a_swap_back_is_safe_in_every_order_of_messages_and_kills() {
-    check(Direction::ToOverlay);
+    check(Direction::ToOverlay, Manner::Settle);
+}
+
+#[test]
+fn a_way_back_from_a_dead_path_is_safe_whatever_still_arrives_on_it() {
+    check(Direction::ToOverlay, Manner::Salvage);
+}
+
+fn missing_is(queue: (u32, &[u8]), rcv_nxt: u32, expected: Option<&[u8]>) {
+    let (write_seq, bytes) = queue;
+    let queue = Queue { write_seq, bytes: bytes.to_vec() };
+    let peer = Look { write_seq: 0, rcv_nxt, unread: None };
+    assert_eq!(salvage::missing(&queue, &peer), expected, "{queue:?} {rcv_nxt}");
+}
+
+#[test]
+fn what_the_peer_has_not_received_is_the_end_of_the_queue() {
+    missing_is((100, b"abc"), 97, Some(b"abc"));
+    missing_is((100, b"abc"), 99, Some(b"c"));
+    missing_is((100, b"abc"), 100, Some(b""));
+    missing_is((1, b"abc"), u32::MAX, Some(b"bc"));
+}
+
+#[test]
+fn a_peer_that_misses_what_is_not_in_the_queue_is_a_stranger() {
+    missing_is((100, b"abc"), 96, None);
+    missing_is((100, b"abc"), 101, None);
 }
 
 fn looks(mine: (u32, u32), theirs: (u32, u32), expected: Relation) {

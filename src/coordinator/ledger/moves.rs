@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Moves under way, from the first question to the forwarder to what came of them.
 
-use forwarder_api::{ConnId, Direction, Moved, PrepareTarget, Refusal, Request};
+use forwarder_api::{ConnId, Direction, Manner, Moved, PrepareTarget, Refusal, Request};
 
 use super::{
     Action, Attempt, Attempted, Cause, FIRST_RETRY, Flow, Home, Input, LAST_RETRY, Ledger, Message, Names,
@@ -94,7 +94,11 @@ impl Ledger {
                 // It is made when the peer has accepted, and has said where.
                 (Some(_), None) => None,
             },
-            Output::Move(role) => Some(Action::Move { conn, role, names: names(tuple) }),
+            Output::Move(role) => {
+                // Both routers know the cause, from the offer.
+                let manner = if cause == Cause::HostPath { Manner::Salvage } else { Manner::Settle };
+                Some(Action::Move { conn, role, manner, names: names(tuple) })
+            }
             Output::MoveLocal => {
                 Some(Action::MoveLocal { conn, names: [names(tuple), names(tuple.reversed())] })
             }
@@ -173,7 +177,8 @@ impl Ledger {
             Direction::ToOverlay => {
                 flow.path = Path::Overlay;
                 flow.socket = flow.overlay_socket;
-                flow.held = attempt.cause == Cause::Order;
+                // Who was to stay there when the host path failed still is.
+                flow.held = attempt.cause == Cause::Order || flow.held && attempt.cause == Cause::HostPath;
                 flow.reason = Some(match attempt.cause {
                     Cause::Order => Refusal::SwappedBack,
                     Cause::Stop if stopping => Refusal::Stopping,

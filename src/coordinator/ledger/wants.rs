@@ -119,6 +119,10 @@ impl Ledger {
             return self.consider(tuple.reversed());
         }
         let (direction, cause) = match order {
+            // Whoever wants it back: where the host path has failed, there is one way only.
+            Some(order) if order.direction == Direction::ToOverlay && flow.is_stalled() => {
+                (order.direction, Cause::HostPath)
+            }
             Some(order) => (order.direction, order.cause),
             None if self.wants_swap(flow) => match flow.avoids_host_until {
                 Some(until) if until > self.now => return self.stay_off_host_path(tuple, until),
