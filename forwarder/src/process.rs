@@ -87,6 +87,14 @@ pub fn socket_inode(tid: Tid, fd: RemoteFd) -> Option<u64> {
     link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
 }
 
+/// Do two of these processes have one memory (CLONE_VM)? By kcmp(2), KCMP_VM.
+pub fn any_share_memory(tgids: &[Tgid]) -> bool {
+    const KCMP_VM: libc::c_int = 1;
+    // SAFETY: kcmp(2) takes integers; this kind uses the first three alone. An error: one of them has ended.
+    let same = |a: &Tgid, b: &Tgid| unsafe { libc::syscall(libc::SYS_kcmp, a.0, b.0, KCMP_VM, 0, 0) } == 0;
+    tgids.iter().enumerate().any(|(index, a)| tgids[index + 1..].iter().any(|b| same(a, b)))
+}
+
 /// Is descriptor `fd` of a process, as it is now, registered in its epoll set `epoll`? By kcmp(2), KCMP_EPOLL_TFD.
 pub fn is_registered(tid: Tid, epoll: RemoteFd, fd: RemoteFd) -> bool {
     const KCMP_EPOLL_TFD: libc::c_int = 7;

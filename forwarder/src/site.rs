@@ -173,6 +173,10 @@ impl Site {
         if holders.tgids.iter().any(|tgid| process::is_32_bit(*tgid)) {
             return Err(Refusal::Holder32Bit);
         }
+        // There is one foothold, and so one block at a time, in one memory.
+        if process::any_share_memory(&holders.tgids) {
+            return Err(Refusal::SharedMemory);
+        }
         // References are counted when all holders are frozen: until then, calls in progress take some of their own.
         Ok(PreparedEnd { old, holders, v6: facts.v6 })
     }

@@ -103,6 +103,8 @@ pub struct Flow {
     pub since: Instant,
     /// When it last changed its path.
     pub changed: Instant,
+    /// When its last attempt ended: what was seen before may have been a socket lent for it.
+    pub tried: Instant,
     pub swaps: u32,
     pub bytes_sent: u64,
     pub bytes_received: u64,
@@ -152,6 +154,7 @@ impl Flow {
             alarm: None,
             since: now,
             changed: now,
+            tried: now,
             swaps: 0,
             bytes_sent: 0,
             bytes_received: 0,

@@ -26,6 +26,7 @@ pub enum Refusal {
     HolderTraced,
     HolderStopped,
     Holder32Bit,
+    SharedMemory,
     NoInjectionRoom,
     TooManyDescriptors,
     IoUring,
@@ -55,7 +56,7 @@ pub enum Refusal {
 
 impl Refusal {
     /// Every variant, in the order of the enum.
-    pub const ALL: [Refusal; 44] = {
+    pub const ALL: [Refusal; 45] = {
         use Refusal::*;
         [
             NoRuleMatches,
@@ -78,6 +79,7 @@ impl Refusal {
             HolderTraced,
             HolderStopped,
             Holder32Bit,
+            SharedMemory,
             NoInjectionRoom,
             TooManyDescriptors,
             IoUring,
@@ -182,6 +184,9 @@ impl Refusal {
             }
             HolderStopped => ("holder_stopped", "a process that holds the socket is stopped by job control"),
             Holder32Bit => ("holder_32bit", "a process that holds the socket is not a 64-bit x86 process"),
+            SharedMemory => {
+                ("shared_memory", "two processes that hold the socket share one memory, and are no threads")
+            }
             NoInjectionRoom => {
                 ("no_injection_room", "a process that holds the socket has no room at the end of its vDSO")
             }

@@ -22,17 +22,15 @@ impl Ledger {
     pub(super) fn learn(&mut self, learned: Learned) {
         let tuple = learned.tuple;
         if let Some(known) = self.flows.get_mut(&tuple) {
-            let moved_since = known.changed >= learned.seen;
-            if known.attempt.is_some() || known.socket == learned.socket {
+            let moved_since = known.changed.max(known.tried) >= learned.seen;
+            if known.attempt.is_some() || moved_since || known.socket == learned.socket {
                 return;
             }
             if known.overlay_socket == learned.socket {
-                if !moved_since {
-                    // The forwarder died in a move: the application has its overlay socket again.
-                    known.path = Path::Overlay;
-                    known.socket = known.overlay_socket;
-                    known.changed = self.now;
-                }
+                // The forwarder died in a move: the application has its overlay socket again.
+                known.path = Path::Overlay;
+                known.socket = known.overlay_socket;
+                known.changed = self.now;
                 return;
             }
             self.forget(tuple);
@@ -45,7 +43,7 @@ impl Ledger {
         self.conns.insert(conn, tuple);
         let Learned { tuple, side, v6, netns, socket, workload, home, declined, seen } = learned;
         let end = NotedEnd { tuple, side, v6, overlay_socket: socket, workload, home };
-        let flow = Flow { netns, declined, changed: seen, ..Flow::new(conn, end, self.now) };
+        let flow = Flow { netns, declined, changed: seen, tried: seen, ..Flow::new(conn, end, self.now) };
         self.flows.insert(tuple, flow);
         if let Some(reason) = declined {
             self.refuse(tuple, reason);
@@ -90,7 +88,7 @@ impl Ledger {
         for flow in self.flows.values_mut() {
             match sockets.get(&flow.socket) {
                 Some((sent, received)) => (flow.bytes_sent, flow.bytes_received) = (*sent, *received),
-                None if flow.changed < began && flow.since < began => gone.push(flow.tuple),
+                None if flow.changed.max(flow.tried) < began && flow.since < began => gone.push(flow.tuple),
                 None => {}
             }
         }

@@ -127,6 +127,7 @@ impl Ledger {
     pub(super) fn ended(&mut self, tuple: Tuple, result: Result<Moved, Refusal>) {
         let Some(flow) = self.flows.get_mut(&tuple) else { return };
         let Some(attempt) = flow.attempt.take() else { return };
+        flow.tried = self.now;
         let Negotiation { part, direction, .. } = attempt.negotiation;
         let conn = flow.conn;
         self.clear_alarm(tuple);

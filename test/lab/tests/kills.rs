@@ -39,7 +39,7 @@ const POINTS: [&str; 16] = [
 ];
 
 fn kills() -> u32 {
-    std::env::var("LAB_KILLS").ok().and_then(|kills| kills.parse().ok()).unwrap_or(24)
+    std::env::var("LAB_KILLS").ok().and_then(|kills| kills.parse().ok()).unwrap_or(12)
 }
 
 /// Each time a new stream, which the routers swap as soon as they see it, and a kill at another moment of that.

@@ -33,8 +33,10 @@ pub const ALL: &[Behaviour] = &[
     Behaviour { name: "sendfile", subject: sendfile_64_megabytes, partner: listens_slowly::<64> },
     Behaviour { name: "splice-out", subject: splice_out, partner: listens_slowly::<32> },
     Behaviour { name: "splice-in", subject: splice_in, partner: speaks },
-    Behaviour { name: "sendmsg", subject: sendmsg_of_many_parts, partner: listens_slowly::<32> },
-    Behaviour { name: "writev", subject: writev_of_many_parts, partner: listens_slowly::<32> },
+    Behaviour { name: "sendmsg", subject: sendmsg_of_parts::<1024>, partner: listens_slowly::<32> },
+    Behaviour { name: "writev", subject: writev_of_parts::<1024>, partner: listens_slowly::<32> },
+    Behaviour { name: "sendmsg-few", subject: sendmsg_of_parts::<48>, partner: listens_slowly::<32> },
+    Behaviour { name: "writev-few", subject: writev_of_parts::<48>, partner: listens_slowly::<32> },
     Behaviour { name: "sendmmsg", subject: sendmmsg_of_large_messages, partner: listens_slowly::<32> },
     Behaviour { name: "io-uring-idle", subject: io_uring_idle, partner: speaks },
     Behaviour { name: "io-uring-recv", subject: io_uring_recv, partner: speaks },
@@ -198,16 +200,16 @@ fn message(parts: &mut [libc::iovec]) -> libc::msghdr {
 }
 
 fn parts_of(bytes: &mut [u8], count: usize) -> Vec<libc::iovec> {
-    let length = bytes.len() / count;
+    let length = bytes.len().div_ceil(count);
     bytes
         .chunks_mut(length)
         .map(|part| libc::iovec { iov_base: part.as_mut_ptr().cast(), iov_len: part.len() })
         .collect()
 }
 
-fn sendmsg_of_many_parts(fd: OwnedFd) -> Result<Left> {
+fn sendmsg_of_parts<const PARTS: usize>(fd: OwnedFd) -> Result<Left> {
     let mut bytes = pattern(0, 32 * MEGABYTE);
-    let mut parts = parts_of(&mut bytes, 1024);
+    let mut parts = parts_of(&mut bytes, PARTS);
     let message = message(&mut parts);
     say("ready");
     // SAFETY: the message points to parts of the bytes; all live through the call.
@@ -216,9 +218,9 @@ fn sendmsg_of_many_parts(fd: OwnedFd) -> Result<Left> {
     Ok(Usable(fd))
 }
 
-fn writev_of_many_parts(fd: OwnedFd) -> Result<Left> {
+fn writev_of_parts<const PARTS: usize>(fd: OwnedFd) -> Result<Left> {
     let mut bytes = pattern(0, 32 * MEGABYTE);
-    let parts = parts_of(&mut bytes, 1024);
+    let parts = parts_of(&mut bytes, PARTS);
     say("ready");
     // SAFETY: the parts point to the bytes, which live through the call.
     let n = sys("writev", unsafe { libc::writev(raw(&fd), parts.as_ptr(), parts.len() as i32) } as i64)?;
