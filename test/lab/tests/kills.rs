@@ -15,7 +15,7 @@ const KINDS: [&str; 4] = ["", "--io epoll --threads 8", "--fork 2 --dup 1", "--p
 /// with EINTR (signal(7)). The forwarder undoes that, if it lives for another few hundred microseconds: where it may not,
 /// these are used.
 const KINDS_THAT_STOP_WELL: [&str; 4] =
-    ["--io poll", "--io select --threads 8", "--io poll --fork 2 --dup 1", "--pings"];
+    ["--io poll", "--io select", "--io poll --fork 2 --dup 1", "--pings"];
 const BEFORE_ALL_IS_PUT_RIGHT: [&str; 2] = ["seizing", "stopped"];
 
 /// All of `forwarder/src/fault.rs`.
