@@ -24,6 +24,8 @@ if ((${#words[@]} == 0)); then
     cargo clippy --release --locked --workspace --all-targets -- -D warnings
 fi
 cargo build --release --locked --workspace
+# For the tests of kills: a forwarder that dies where it is told to.
+cargo build --release --locked -p forwarder --features faults --bin forwarder-with-faults
 
 if ((${#words[@]} == 0)); then
     cargo test --release --locked --workspace --exclude lab

@@ -64,6 +64,7 @@ impl Frozen {
     pub fn freeze(tgids: &[Tgid], deadline: Instant) -> Result<Frozen, Refusal> {
         let mut frozen =
             Frozen { processes: Vec::with_capacity(tgids.len()), seized: HashMap::new(), _here: PhantomData };
+        process::hurry();
         let mut stopped = HashMap::new();
         if let Err(reason) = frozen.stop_all(tgids, &mut stopped, deadline) {
             frozen.give_up(tgids, stopped);
@@ -177,6 +178,7 @@ impl Frozen {
                         progress = true;
                     }
                     Some(stop) => {
+                        repeat_call_at_once(tid);
                         stopped.insert(tid, stop);
                         progress = true;
                     }
@@ -402,6 +404,15 @@ impl FrozenProcess {
             }
         }
         Ok(())
+    }
+}
+
+/// A thread that has just stopped must see no EINTR, not even if we die before all the others stand still.
+fn repeat_call_at_once(tid: Tid) {
+    // Errors: it was killed; whoever looks at it next sees that.
+    let Ok(regs) = read_regs(tid) else { return };
+    if arch::is_64_bit(&regs) && arch::interrupted(&regs) == Interrupted::Call {
+        let _ = write_regs(tid, arch::repeat_call(&regs));
     }
 }
 

@@ -14,8 +14,7 @@ const KINDS: [&str; 4] = ["", "--io epoll --threads 8", "--fork 2 --dup 1", "--p
 /// A thread that is stopped, by whomever, within a blocking write returns with less than all, and within epoll_wait(2)
 /// with EINTR (signal(7)). The forwarder undoes that, if it lives for another few hundred microseconds: where it may not,
 /// these are used.
-const KINDS_THAT_STOP_WELL: [&str; 4] =
-    ["--io poll", "--io select", "--io poll --fork 2 --dup 1", "--pings"];
+const KINDS_THAT_STOP_WELL: [&str; 4] = ["--io poll", "--io select", "--io poll --fork 2 --dup 1", "--pings"];
 const BEFORE_ALL_IS_PUT_RIGHT: [&str; 2] = ["seizing", "stopped"];
 
 /// All of `forwarder/src/fault.rs`.
