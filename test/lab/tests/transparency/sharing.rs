@@ -78,7 +78,7 @@ fn shared_memory_stays() -> Result<()> {
 fn a_vfork_in_progress_is_not_disturbed() -> Result<()> {
     SHARING
         .row("vfork in progress", "the parent stands still until its child ends, after the moves")
-        .refused("freeze_budget", "vfork")
+        .refused("shared_memory", "vfork")
 }
 
 const VFORK_BESIDE_EPOLL: Row =
@@ -86,7 +86,7 @@ const VFORK_BESIDE_EPOLL: Row =
 
 #[test]
 fn a_vfork_in_progress_beside_epoll_wait_is_not_disturbed() -> Result<()> {
-    VFORK_BESIDE_EPOLL.refused("freeze_budget", "vfork-epoll")
+    VFORK_BESIDE_EPOLL.refused("shared_memory", "vfork-epoll")
 }
 
 #[test]
