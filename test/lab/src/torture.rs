@@ -27,7 +27,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use lab::{Lab, Pod, RouterOptions};
 
-use census::Figure;
+use census::{Census, Figure};
 use crowd::Crowd;
 use plan::{Fate, Mover, PODS_OF_A_HOST, Slot};
 use report::Report;
@@ -182,7 +182,8 @@ impl Stage {
     }
 
     /// Waits until nothing moves any more, and counts what is there.
-    fn rest(&self) -> Result<Vec<Figure>> {
+    fn rest(&self) -> Result<Census> {
+        let age = self.tally.age();
         let until = Instant::now() + REST;
         for host in self.lab.hosts() {
             loop {
@@ -209,7 +210,7 @@ impl Stage {
             let same = steady(&now) == steady(&figures);
             figures = now;
             if same || Instant::now() > until {
-                return Ok(figures);
+                return Ok(Census { age, figures });
             }
         }
     }

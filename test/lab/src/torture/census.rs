@@ -1,11 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What routers, forwarders and kernel keep when no application runs: figures that must not grow.
 
-use std::{path::Path, process::Command};
+use std::{path::Path, process::Command, time::Duration};
 
 use anyhow::{Context, Result};
 use lab::{Host, Place, Pod};
 use serde_json::Value;
+
+/// All figures at a moment.
+pub struct Census {
+    /// Since connections were first made.
+    pub age: Duration,
+    pub figures: Vec<Figure>,
+}
 
 /// A quantity at a moment.
 #[derive(Clone, Debug, PartialEq)]
@@ -38,7 +45,6 @@ impl Kind {
             Kind::MapEntries => before + 16,
             // The allocator's arenas fill up slowly.
             Kind::MemoryKb => before + before / 4 + 4096,
-            // They last for a minute, after each connection that ends and each swap back: as many as a minute has.
             Kind::TimeWait => 2 * before + 200,
         }
     }
@@ -126,57 +132,83 @@ fn has_inode(line: &str) -> bool {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Growth {
     pub name: String,
-    pub kind: Kind,
     pub before: u64,
     pub after: u64,
+    pub allowed: u64,
     /// It was measured first when its process had been started anew.
     pub fresh: bool,
 }
 
 impl Growth {
     pub fn is_leak(&self) -> bool {
-        self.after > self.kind.allowed(self.before)
+        self.after > self.allowed
     }
 }
 
+/// How long a socket stays in TIME_WAIT: TCP_TIMEWAIT_LEN, `include/net/tcp.h`.
+const TIME_WAIT_LASTS: Duration = Duration::from_secs(60);
+
 /// Each figure of the last census, compared with the first in which the same process was there.
-pub fn compare(censuses: &[Vec<Figure>]) -> Vec<Growth> {
+pub fn compare(censuses: &[Census]) -> Vec<Growth> {
     let Some((last, earlier)) = censuses.split_last() else { return Vec::new() };
     let growth = |after: &Figure| {
         let same = |before: &&Figure| before.name == after.name && before.pid == after.pid;
-        let found =
-            earlier.iter().enumerate().find_map(|(turn, census)| Some((turn, census.iter().find(same)?)));
-        found.map(|(turn, before)| Growth {
+        let of = |census: &Census| census.figures.iter().find(same).map(|figure| figure.value);
+        let (turn, age, before) =
+            earlier.iter().enumerate().find_map(|(turn, census)| Some((turn, census.age, of(census)?)))?;
+        let expected = match after.kind {
+            // Each connection that ended and each swap back left one: as many as there were of them in so long.
+            Kind::TimeWait => {
+                let covered =
+                    |age: Duration| age.clamp(Duration::from_secs(1), TIME_WAIT_LASTS).as_secs_f64();
+                (before as f64 * covered(last.age) / covered(age)) as u64
+            }
+            _ => before,
+        };
+        Some(Growth {
             name: after.name.clone(),
-            kind: after.kind,
-            before: before.value,
+            before,
             after: after.value,
+            allowed: after.kind.allowed(expected),
             fresh: turn > 0,
         })
     };
-    last.iter().filter_map(growth).collect()
+    last.figures.iter().filter_map(growth).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn figure(value: u64, pid: u32) -> Vec<Figure> {
-        vec![Figure { name: "h1 router descriptors".into(), kind: Kind::Descriptors, value, pid: Some(pid) }]
+    fn census(age: u64, kind: Kind, value: u64, pid: Option<u32>) -> Census {
+        let figure = Figure { name: format!("h1 {kind:?}"), kind, value, pid };
+        Census { age: Duration::from_secs(age), figures: vec![figure] }
+    }
+
+    fn descriptors(value: u64, pid: u32) -> Census {
+        census(60, Kind::Descriptors, value, Some(pid))
     }
 
     #[test]
     fn one_descriptor_for_each_swap_is_a_leak() {
-        let growth = compare(&[figure(30, 1), figure(40, 1), figure(530, 1)]);
+        let growth = compare(&[descriptors(30, 1), descriptors(40, 1), descriptors(530, 1)]);
         assert_eq!((growth[0].before, growth[0].after, growth[0].fresh), (30, 530, false));
         assert!(growth[0].is_leak());
     }
 
     #[test]
     fn a_process_started_anew_is_compared_with_itself() {
-        let growth = compare(&[figure(30, 1), figure(90, 2), figure(91, 2)]);
+        let growth = compare(&[descriptors(30, 1), descriptors(90, 2), descriptors(91, 2)]);
         assert_eq!((growth[0].before, growth[0].after, growth[0].fresh), (90, 91, true));
         assert!(!growth[0].is_leak());
+    }
+
+    #[test]
+    fn sockets_in_time_wait_are_compared_with_as_long_a_time() {
+        let time_wait = |age, value| census(age, Kind::TimeWait, value, None);
+        assert!(!compare(&[time_wait(6, 60), time_wait(30, 400)])[0].is_leak());
+        assert!(compare(&[time_wait(6, 60), time_wait(30, 1000)])[0].is_leak());
+        assert!(compare(&[time_wait(60, 60), time_wait(600, 400)])[0].is_leak());
     }
 
     #[test]
