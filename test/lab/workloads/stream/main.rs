@@ -29,10 +29,14 @@ use clap::{Parser, ValueEnum};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-/// Ends the program: nothing can be trusted after a first wrong answer.
+/// Ends the program: nothing can be trusted after a first wrong answer. In one write: child processes may fail as well,
+/// and lines must not mix.
 macro_rules! fail {
     ($($arg:tt)*) => {{
-        eprintln!("stream: {}", format_args!($($arg)*));
+        use std::io::Write;
+        let line = format!("stream: {}\n", format_args!($($arg)*));
+        // Nothing can be done about a standard error that nobody reads.
+        let _ = std::io::stderr().write_all(line.as_bytes());
         std::process::exit(1)
     }};
 }
