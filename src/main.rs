@@ -2,6 +2,7 @@
 //! The router: sees the connections of this host's containers, agrees with the peer routers on which of them move
 //! off the overlay, and tells the forwarder to move them. It faces the network, so it never touches a process.
 
+mod attachment;
 mod bytes;
 mod check;
 mod commands;

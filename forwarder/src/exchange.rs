@@ -250,7 +250,10 @@ impl Armed {
                 Ok(Done::Replaced { heard }) => result = Ok(Installed { heard }),
                 Ok(Done::TurnedBack) => result = Err(Refusal::PeerAborted),
                 // Its block is slow and goes to its end without us. What is past the gate cannot be called back.
-                Err(_) => result = Ok(Installed { heard: false }),
+                Err(reason) => {
+                    log::warn!("process {}: its block did not end within {INSTALL_TIME:?}: {reason}", tgid.0);
+                    result = Ok(Installed { heard: false });
+                }
             }
         }
         for (index, room) in self.rooms {

@@ -326,7 +326,7 @@ impl Block {
             // really run: interrupted at once, it would stop again where it stands.
             let _ = go_on(libc::PTRACE_CONT, self.tid, 0);
             std::thread::sleep(run);
-            run = STRIDE;
+            run = (2 * run).clamp(STRIDE, LONGEST_STRIDE);
             let _ = ptrace::interrupt(Pid::from_raw(self.tid.0));
             match wait_for_stop(self.tid, deadline)? {
                 Stop::Gone => return Err(Refusal::HolderVanished),
@@ -356,6 +356,9 @@ enum End {
 
 /// What a thread needs at most to get from the last report of its block into its last wait.
 const STRIDE: Duration = Duration::from_micros(50);
+
+/// And where many others want to run: a thread that is interrupted before its turn has come gets nowhere.
+const LONGEST_STRIDE: Duration = Duration::from_millis(20);
 
 /// Extra time to bring a thread back after a deadline has passed.
 pub const RECOVERY: Duration = Duration::from_millis(200);

@@ -14,6 +14,7 @@ use forwarder_api::{Refusal, SocketInode, SocketRecord};
 
 use super::{flow::Home, ledger::Learned, wire::Tuple};
 use crate::{
+    attachment::Attachments,
     peers::{Interfaces, Peers, Whereabouts},
     rules::{Candidate, RuleSet, Verdict, is_never_swapped},
     settings::Settings,
@@ -30,6 +31,7 @@ const TCP_ESTABLISHED: u8 = 1;
 pub struct Lookup {
     netlink: rtnetlink::Handle,
     interfaces: Interfaces,
+    attachments: Attachments,
     peers: Peers,
     workloads: Box<dyn WorkloadSource>,
     rules: RuleSet,
@@ -62,6 +64,7 @@ impl Lookup {
     ) -> io::Result<Lookup> {
         let own_netns = std::fs::metadata("/proc/self/ns/net")?.ino() as u32;
         Ok(Lookup {
+            attachments: Attachments::new(netlink.clone()),
             netlink,
             interfaces,
             peers,
@@ -109,9 +112,19 @@ impl Lookup {
             return None;
         }
         let workload = of_process(self.workloads.as_ref(), tgid);
-        let home = self.home(tuple).await;
+        let home = match self.home(tuple).await {
+            Home::Peer(_) if !self.is_attached(tgid).await => Home::Nowhere(Refusal::ForeignNamespace),
+            home => home,
+        };
         let declined = self.verdict(side, tuple, &workload);
         Some(Learned { tuple, side, v6, netns, socket, workload, home, declined, seen })
+    }
+
+    async fn is_attached(&mut self, tgid: u32) -> bool {
+        self.attachments.is_attached(tgid).await.unwrap_or_else(|error| {
+            log::warn!("process {tgid}: nothing is known of where its network is attached: {error}");
+            false
+        })
     }
 
     /// Why our rules do not want it swapped.
