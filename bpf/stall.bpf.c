@@ -6,8 +6,8 @@
  * User space attaches it to the map of identity.bpf.c. The socket is not locked: a record may mix two moments.
  */
 #include "vmlinux.h"
+#include <bpf/bpf_core_read.h>
 #include <bpf/bpf_helpers.h>
-#include "identity.h"
 #include "stall.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
@@ -20,6 +20,7 @@ int host_sockets(struct bpf_iter__bpf_sk_storage_map *ctx)
 {
 	struct identity *identity = ctx->value;
 	struct host_socket record = {};
+	struct socket *socket;
 	struct sock *sk = ctx->sk;
 	struct tcp_sock *tp;
 
@@ -29,7 +30,11 @@ int host_sockets(struct bpf_iter__bpf_sk_storage_map *ctx)
 	tp = bpf_skc_to_tcp_sock(sk);
 	if (!tp)
 		return 0;
-	record.swap = identity->swap;
+	record.identity = *identity;
+	/* None: no descriptor is left. */
+	socket = BPF_CORE_READ(sk, sk_socket);
+	if (socket)
+		record.inode = BPF_CORE_READ(container_of(socket, struct socket_alloc, socket), vfs_inode.i_ino);
 	record.unacknowledged_bytes = tp->write_seq - tp->snd_una;
 	record.retransmissions = tp->inet_conn.icsk_retransmits;
 	record.probes = tp->inet_conn.icsk_probes_out;

@@ -1,10 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
-/* How a host socket gets on, as one record of the iterator in stall.bpf.c. */
+/* A host socket and how it gets on, as one record of the iterator in stall.bpf.c. */
 #ifndef STALL_H
 #define STALL_H
 
+#include "identity.h"
+
 struct host_socket {
-	__u64 swap; /* the swap that installed it */
+	struct identity identity;
+	__u64 inode;
 	__u32 unacknowledged_bytes;
 	__u8 retransmissions; /* time-outs in a row, nothing new acknowledged since */
 	__u8 probes; /* window or keepalive probes in a row, none answered */

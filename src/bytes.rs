@@ -30,14 +30,20 @@ pub fn mapped(address: IpAddr) -> [u8; 16] {
     }
 }
 
+/// Back again.
+pub fn unmapped(address: [u8; 16]) -> IpAddr {
+    IpAddr::from(address).to_canonical()
+}
+
 #[cfg(test)]
 mod tests {
-    use super::mapped;
+    use super::{mapped, unmapped};
 
     #[test]
     fn addresses_cross_as_sixteen_bytes_in_network_order() {
         let expected = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10, 244, 1, 9];
         assert_eq!(mapped("10.244.1.9".parse().unwrap()), expected);
         assert_eq!(mapped("::1".parse().unwrap())[15], 1);
+        assert_eq!(unmapped(expected).to_string(), "10.244.1.9");
     }
 }

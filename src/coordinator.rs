@@ -22,14 +22,14 @@ mod session;
 mod wire;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     io,
     net::Ipv4Addr,
     os::fd::OwnedFd,
     time::{Duration, Instant},
 };
 
-use forwarder_api::{ConnId, Direction, Event as Said, Refusal, Request, SocketRecord};
+use forwarder_api::{ConnId, Direction, Event as Said, Refusal, Request, SocketInode, SocketRecord};
 use serde::{Deserialize, Serialize};
 use tokio::{
     net::TcpListener,
@@ -53,7 +53,7 @@ use crate::{
     identity::Identity,
     peers::PeerAddress,
     settings::Settings,
-    stall::{Sample, Watch},
+    stall::{HostSocket, Watch},
     trace::{Scope, TraceEvent, Tracer},
 };
 
@@ -372,6 +372,7 @@ impl Coordinator {
                 self.handle(Event::Learned(learned)).await;
             }
         }
+        self.take_in_stranded(&records).await;
         let bytes = |record: &SocketRecord| (record.socket, (record.bytes_sent, record.bytes_received));
         let sockets = records.iter().map(bytes).collect();
         self.handle(Event::Scanned { began, sockets }).await;
@@ -379,6 +380,29 @@ impl Coordinator {
             std::mem::take(&mut self.scans.waiting).into_iter().partition(|(of, _)| *of <= seq);
         self.scans.waiting = later;
         self.answer_flows(ready);
+    }
+
+    /// Of swapped connections that were left alone when router and forwarder died, the host sockets remain.
+    async fn take_in_stranded(&mut self, records: &[SocketRecord]) {
+        let known: HashSet<SocketInode> = self.ledger.flows().map(|flow| flow.socket).collect();
+        let is_stranded =
+            |record: &&SocketRecord| !known.contains(&record.socket) && self.parts.lookup.is_swapped(record);
+        let stranded: Vec<&SocketRecord> = records.iter().filter(is_stranded).collect();
+        if stranded.is_empty() {
+            return;
+        }
+        let seen = match self.parts.watch.look() {
+            Ok(seen) => seen,
+            Err(error) => return log::warn!("{error}"),
+        };
+        for record in stranded {
+            let names = seen.iter().find(|seen| seen.socket == record.socket).map(|seen| seen.names);
+            if let Some(names) = names
+                && let Some(stranded) = self.parts.lookup.stranded(record, names).await
+            {
+                self.handle(Event::Stranded(stranded)).await;
+            }
+        }
     }
 
     /// To all who wait, whatever has come.
@@ -418,9 +442,12 @@ impl Coordinator {
             return;
         }
         match self.parts.watch.look() {
-            Ok(samples) => {
-                let stalled = samples.into_iter().filter(Sample::is_stalled);
-                let stalled = stalled.map(|sample| (sample.swap, sample.unacknowledged_bytes)).collect();
+            Ok(seen) => {
+                let stalled = seen.iter().filter(|host_socket| host_socket.sample.is_stalled());
+                let waiting = |host_socket: &HostSocket| {
+                    (host_socket.names.swap, host_socket.sample.unacknowledged_bytes)
+                };
+                let stalled = stalled.map(waiting).collect();
                 self.handle(Event::Stalled(stalled)).await;
             }
             Err(error) => log::warn!("{error}"),

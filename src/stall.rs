@@ -9,18 +9,29 @@ mod sample;
 use std::{
     io::{self, Read},
     mem::MaybeUninit,
+    net::SocketAddr,
 };
 
+use forwarder_api::SocketInode;
 use libbpf_rs::{
     Iter, Link,
     skel::{OpenSkel, SkelBuilder},
 };
 
 use crate::{
-    bytes::{Plain, from_bytes},
-    identity::Identity,
+    bytes::{Plain, from_bytes, unmapped},
+    identity::{Identity, Names},
 };
 pub use sample::Sample;
+
+/// A host socket of this router, at one moment.
+#[derive(Clone, Debug)]
+pub struct HostSocket {
+    /// Zero where no descriptor is left.
+    pub socket: SocketInode,
+    pub names: Names,
+    pub sample: Sample,
+}
 
 #[allow(
     clippy::all,
@@ -60,20 +71,31 @@ impl Watch {
     }
 
     /// All host sockets of this router, as they are now.
-    pub fn look(&self) -> Result<Vec<Sample>, StallError> {
+    pub fn look(&self) -> Result<Vec<HostSocket>, StallError> {
         let mut iter = Iter::new(&self.link).map_err(|error| StallError::Read(io::Error::other(error)))?;
         let mut bytes = Vec::new();
         iter.read_to_end(&mut bytes).map_err(StallError::Read)?;
         let records = bytes.chunks_exact(size_of::<types::host_socket>()).filter_map(from_bytes);
         Ok(records
-            .map(|record: types::host_socket| Sample {
-                swap: record.swap,
-                unacknowledged_bytes: record.unacknowledged_bytes,
-                retransmissions: record.retransmissions,
-                probes: record.probes,
+            .map(|record: types::host_socket| HostSocket {
+                socket: SocketInode(record.inode),
+                names: Names {
+                    swap: record.identity.swap,
+                    local: address(record.identity.local, record.identity.local_port),
+                    remote: address(record.identity.remote, record.identity.remote_port),
+                },
+                sample: Sample {
+                    unacknowledged_bytes: record.unacknowledged_bytes,
+                    retransmissions: record.retransmissions,
+                    probes: record.probes,
+                },
             })
             .collect())
     }
+}
+
+fn address(ip: [u8; 16], port: u16) -> SocketAddr {
+    SocketAddr::new(unmapped(ip), u16::from_be(port))
 }
 
 // SAFETY: of `bpf/stall.h`: integers and arrays of bytes, padding explicit.
@@ -87,9 +109,10 @@ mod tests {
 
     #[test]
     fn the_layout_is_that_of_the_header() {
-        assert_eq!(size_of::<host_socket>(), 16);
-        assert_eq!(offset_of!(host_socket, unacknowledged_bytes), 8);
-        assert_eq!(offset_of!(host_socket, retransmissions), 12);
-        assert_eq!(offset_of!(host_socket, probes), 13);
+        assert_eq!(size_of::<host_socket>(), 64);
+        assert_eq!(offset_of!(host_socket, inode), 48);
+        assert_eq!(offset_of!(host_socket, unacknowledged_bytes), 56);
+        assert_eq!(offset_of!(host_socket, retransmissions), 60);
+        assert_eq!(offset_of!(host_socket, probes), 61);
     }
 }

@@ -35,7 +35,8 @@ pub enum Path {
 pub struct OnHost {
     /// The number of the swap, which its host socket carries.
     pub swap: u64,
-    pub moved: Moved,
+    /// Not known where router and forwarder died since.
+    pub moved: Option<Moved>,
     /// The forwarder keeps the overlay socket.
     pub way_back: bool,
     /// Nothing gets through, and at this time the way back is tried again.
@@ -219,7 +220,7 @@ impl Flow {
     }
 
     pub fn view(&self, now: Instant) -> FlowView {
-        let moved = self.on_host().map(|on_host| &on_host.moved);
+        let moved = self.on_host().and_then(|on_host| on_host.moved.as_ref());
         let moving = self.attempt.as_ref().is_some_and(|attempt| attempt.negotiation.is_moving());
         FlowView {
             conn: self.conn.to_string(),
@@ -227,7 +228,7 @@ impl Flow {
             remote: self.tuple.remote,
             workload: self.workload.name.clone(),
             side: self.side,
-            path: match (moving, moved) {
+            path: match (moving, self.on_host()) {
                 (true, _) => Shown::Moving,
                 (false, Some(_)) => Shown::Host,
                 (false, None) => Shown::Overlay,

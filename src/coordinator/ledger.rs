@@ -71,9 +71,24 @@ pub struct Restored {
     pub moved: Moved,
 }
 
+/// A swapped connection that nobody has the way back of: router and forwarder were killed. Its host socket tells its
+/// names.
+#[derive(Clone, Debug)]
+pub struct Stranded {
+    pub tuple: Tuple,
+    pub swap: u64,
+    pub side: Side,
+    pub v6: bool,
+    pub socket: SocketInode,
+    pub workload: Workload,
+    pub home: Home,
+    pub declined: Option<Refusal>,
+}
+
 #[derive(Clone, Debug)]
 pub enum Event {
     Learned(Learned),
+    Stranded(Stranded),
     /// All sockets that a scan begun at this time has found, and their bytes sent and received.
     Scanned {
         began: Instant,
@@ -215,6 +230,7 @@ impl Ledger {
         self.now = now;
         match event {
             Event::Learned(learned) => self.learn(learned),
+            Event::Stranded(stranded) => self.take_in(stranded),
             Event::Scanned { began, sockets } => self.scanned(began, &sockets),
             Event::Parked(parked) => self.parked(parked),
             Event::HostSocketClosed(swap) => self.host_socket_closed(swap),

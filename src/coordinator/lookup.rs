@@ -12,9 +12,14 @@ use std::{
 
 use forwarder_api::{Refusal, SocketInode, SocketRecord};
 
-use super::{flow::Home, ledger::Learned, wire::Tuple};
+use super::{
+    flow::Home,
+    ledger::{Learned, Stranded},
+    wire::Tuple,
+};
 use crate::{
     attachment::Attachments,
+    identity::Names,
     peers::{Interfaces, Peers, Whereabouts},
     rules::{Candidate, RuleSet, Verdict, is_never_swapped},
     settings::Settings,
@@ -104,6 +109,19 @@ impl Lookup {
     pub fn is_swapped(&self, record: &SocketRecord) -> bool {
         let of_process = std::fs::metadata(format!("/proc/{}/ns/net", record.tgid));
         record.netns == self.own_netns && of_process.map_or(true, |ns| ns.ino() as u32 != self.own_netns)
+    }
+
+    /// A host socket that a container has, and nobody knows why; `None` if it is not established.
+    pub async fn stranded(&mut self, record: &SocketRecord, names: Names) -> Option<Stranded> {
+        if record.state != TCP_ESTABLISHED {
+            return None;
+        }
+        let tuple = Tuple { local: names.local, remote: names.remote };
+        let side = if record.accepted { Side::Server } else { Side::Client };
+        let workload = of_process(self.workloads.as_ref(), record.tgid);
+        let (home, declined) = (self.home(tuple).await, self.verdict(side, tuple, &workload));
+        let (swap, v6, socket) = (names.swap, record.v6, record.socket);
+        Some(Stranded { tuple, swap, side, v6, socket, workload, home, declined })
     }
 
     async fn learned(&mut self, known: Seen, tgid: u32, seen: Instant) -> Option<Learned> {

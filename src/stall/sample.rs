@@ -5,11 +5,9 @@
 /// has passed after 0.6 s. One is not enough: where segments are lost now and then, it comes without any fault.
 const IN_VAIN: u8 = 2;
 
-/// A host socket at one moment.
+/// How a host socket gets on, at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sample {
-    /// The swap that installed it.
-    pub swap: u64,
     pub unacknowledged_bytes: u32,
     /// Retransmission time-outs in a row, with nothing new acknowledged since.
     pub retransmissions: u8,
@@ -30,7 +28,7 @@ mod tests {
     use super::Sample;
 
     fn check(unacknowledged_bytes: u32, retransmissions: u8, probes: u8, stalled: bool) {
-        let sample = Sample { swap: 1, unacknowledged_bytes, retransmissions, probes };
+        let sample = Sample { unacknowledged_bytes, retransmissions, probes };
         assert_eq!(sample.is_stalled(), stalled, "{sample:?}");
     }
 

@@ -10,7 +10,7 @@ use forwarder_api::{ConnId, Refusal, Request, SocketInode};
 
 use super::{
     Action, Flow, GRACE, Home, Input, Learned, Ledger, MAX_FLOWS, NotedEnd, OnHost, Path, PeerSays, Restored,
-    Tuple,
+    Stranded, Tuple,
 };
 
 impl Ledger {
@@ -113,7 +113,7 @@ impl Ledger {
             for (end, socket) in restored.note.ends.iter().zip(&restored.sockets) {
                 let on_host = OnHost {
                     swap: restored.note.swap,
-                    moved: restored.moved.clone(),
+                    moved: Some(restored.moved.clone()),
                     way_back: true,
                     stalled: None,
                 };
@@ -135,6 +135,23 @@ impl Ledger {
             if let Some(end) = restored.note.ends.iter().find(|end| end.tuple.decides()) {
                 self.conns.insert(restored.conn, end.tuple);
             }
+        }
+    }
+
+    pub(super) fn take_in(&mut self, stranded: Stranded) {
+        let Stranded { tuple, swap, side, v6, socket, workload, home, declined } = stranded;
+        // A move that is under way, or was when this was seen: it will be told how that ended.
+        if self.flows.contains_key(&tuple) || self.flows.len() >= MAX_FLOWS {
+            return;
+        }
+        let conn = ConnId(self.number());
+        let end = NotedEnd { tuple, side, v6, overlay_socket: SocketInode(0), workload, home };
+        let on_host = OnHost { swap, moved: None, way_back: false, stalled: None };
+        let flow = Flow { path: Path::Host(on_host), socket, declined, ..Flow::new(conn, end, self.now) };
+        self.conns.insert(conn, tuple);
+        self.flows.insert(tuple, flow);
+        if let Home::Peer(peer) = home {
+            self.reach(peer);
         }
     }
 

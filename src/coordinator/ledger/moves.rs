@@ -166,7 +166,7 @@ impl Ledger {
             Direction::ToHost => {
                 flow.path = Path::Host(OnHost {
                     swap: attempt.number,
-                    moved: moved.clone(),
+                    moved: Some(moved.clone()),
                     way_back: true,
                     stalled: None,
                 });
@@ -242,7 +242,8 @@ impl Ledger {
 
     pub(super) fn order_done(&mut self, tuple: Tuple) {
         let Some(flow) = self.flows.get_mut(&tuple) else { return };
-        let pause_us = flow.on_host().map_or(0, |on_host| on_host.moved.pause_us);
+        let pause_us =
+            flow.on_host().and_then(|on_host| on_host.moved.as_ref()).map_or(0, |moved| moved.pause_us);
         if flow.order.take().is_some() {
             self.act(Action::Answer(tuple, Ok(pause_us)));
         }

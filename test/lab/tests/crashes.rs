@@ -2,7 +2,7 @@
 //! SIGKILL of router or forwarder between swaps: applications go on, swapped or not, and after a restart new swaps
 //! work.
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use lab::{Host, RouterOptions, Scene};
 
 const OLD: u16 = 7000;
@@ -76,6 +76,25 @@ fn a_connection_swapped_before_the_routers_were_killed_can_go_back() -> Result<(
     }
     scene.wait_until_on_host(OLD)?;
     scene.lab.h1.move_to(OLD, "overlay")?;
+    stream.finish()?;
+    Ok(())
+}
+
+#[test]
+fn a_connection_swapped_before_everything_was_killed_is_shown_without_a_way_back() -> Result<()> {
+    let scene = Scene::with_routers("stranded")?;
+    let stream = scene.swapped_stream(OLD, "--names")?;
+    for host in scene.lab.hosts() {
+        host.kill_router()?;
+        host.kill_forwarder()?;
+    }
+    scene.lab.start_everything(&RouterOptions::default())?;
+    for host in scene.lab.hosts() {
+        let flow = host.wait_until_on_host(OLD)?;
+        ensure!(flow.way_back == Some(false), "{} shows {flow:?}", host.name);
+        let refused = host.swap_back(&flow.conn.context("a connection without a name")?);
+        ensure!(refused.is_err(), "{} let it go back", host.name);
+    }
     stream.finish()?;
     Ok(())
 }
