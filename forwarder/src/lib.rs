@@ -88,6 +88,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     heap::return_large_buffers();
     env_logger::Builder::new().filter_level(arguments.log_level).init();
     probe()?;
+    outlive_others();
     // Before the first thread, so that all inherit it: a stop must not come while a process is frozen.
     let mut stop = SigSet::empty();
     stop.add(Signal::SIGTERM);
@@ -125,6 +126,17 @@ fn probe() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The kernel, out of memory, shall kill somebody else: this process may be in the middle of a move, and has the way
+/// back of every swapped connection. See oom_score_adj in proc_pid_oom_score_adj(5).
+fn outlive_others() {
+    const NEVER: &str = "-1000";
+    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", NEVER) {
+        log::warn!(
+            "out of memory, the kernel may kill this process (oom_score_adj cannot be set: {error}); CAP_SYS_RESOURCE is needed"
+        );
+    }
 }
 
 /// Take the socket's place; refuse while another forwarder answers there.
