@@ -300,16 +300,17 @@ fn barrier() -> Result<(OwnedFd, OwnedFd), Refusal> {
 struct Live;
 
 impl Descriptors for Live {
-    fn close_on_exec(&self, table: &Table, fd: RemoteFd) -> bool {
-        process::open_flags(table.tid, fd).is_ok_and(|flags| flags & libc::O_CLOEXEC != 0)
+    fn close_on_exec(&self, table: &Table, fd: RemoteFd) -> Result<bool, Refusal> {
+        let flags = process::open_flags(table.tid, fd).map_err(process::lacking)?;
+        Ok(flags & libc::O_CLOEXEC != 0)
     }
 
     fn is_registered(&self, table: &Table, epoll: RemoteFd, fd: RemoteFd) -> bool {
         process::is_registered(table.tid, epoll, fd)
     }
 
-    fn epoll_sets(&self, table: &Table) -> Vec<RemoteFd> {
-        process::epoll_sets(table.tid)
+    fn epoll_sets(&self, table: &Table) -> Result<Vec<RemoteFd>, Refusal> {
+        process::epoll_sets(table.tid).map_err(process::lacking)
     }
 }
 
@@ -345,7 +346,7 @@ fn memory_file(bytes: &[u8]) -> Result<OwnedFd, Refusal> {
         file.rewind()?;
         Ok(file.into())
     };
-    make().map_err(|_| Refusal::InjectionFailed)
+    make().map_err(process::not_made)
 }
 
 #[cfg(test)]

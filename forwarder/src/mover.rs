@@ -38,6 +38,7 @@ use crate::{
     holders::has_fired_one_shot,
     inspect::{Inspector, SocketFacts, TCP_ESTABLISHED},
     options::{ReceiveRoom, Shallow},
+    process::not_made,
     queue,
     site::{Parked, Prepared, PreparedEnd, Site, locked, report, reset},
     table::COMMIT,
@@ -136,7 +137,7 @@ pub fn new_sockets(prepared: &mut Prepared, given: Vec<OwnedFd>) -> Result<Vec<O
         Direction::ToOverlay => {
             let parked = prepared.parked.as_ref().ok_or(Refusal::NotParked)?;
             let copies: io::Result<Vec<_>> = parked.overlay.iter().map(OwnedFd::try_clone).collect();
-            copies.map_err(|_| Refusal::InjectionFailed)?
+            copies.map_err(not_made)?
         }
     };
     if sockets.len() == prepared.ends.len() { Ok(sockets) } else { Err(Refusal::HostPathFailed) }
@@ -193,6 +194,14 @@ impl Remote {
         let direction = self.prepared.direction;
         let Some(end) = self.prepared.ends.pop() else {
             return Finished { outcome: aborted(Refusal::NotEstablished, 0), parked: None };
+        };
+        let site = Arc::clone(&self.site);
+        let _room = match site.rooms.promise(end.holders.tgids.len()) {
+            Ok(room) => room,
+            Err(reason) => {
+                (self.tell)(&Message::Abort { reason });
+                return Finished { outcome: aborted(reason, 0), parked: None };
+            }
         };
         let mut running = Running {
             mover: &mut self,
