@@ -78,7 +78,7 @@ impl Lookup {
         self.rules.len()
     }
 
-    /// A connection that tracing has shown; `None` if it is the host's own.
+    /// A connection that tracing has shown; `None` if it is the host's own, or left to the next scan.
     pub async fn connection(&mut self, seen: &Connection) -> Option<Learned> {
         let tuple = Tuple { local: seen.local, remote: seen.remote };
         let known = Seen { tuple, side: seen.side, v6: seen.v6, netns: seen.netns, socket: seen.socket };
@@ -108,7 +108,9 @@ impl Lookup {
         if netns == self.own_netns {
             return None;
         }
-        let workload = of_process(self.workloads.as_ref(), tgid);
+        let workload = of_process(self.workloads.as_ref(), tgid)
+            .inspect_err(|error| log::warn!("process {tgid}: its container cannot be told now: {error}"))
+            .ok()?;
         let home = self.home(tuple).await;
         let declined = self.verdict(side, tuple, &workload);
         Some(Learned { tuple, side, v6, netns, socket, workload, home, declined, seen })
