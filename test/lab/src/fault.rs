@@ -33,6 +33,8 @@ pub enum Cut {
     /// What the routers say to each other, and witnesses: dropped, or answered by a reset.
     Routers,
     RoutersByReset,
+    /// As `Routers`, from the word on a witness that a decider on this host says, a segment of one byte.
+    RoutersFromDecision,
 }
 
 impl Host {
@@ -53,11 +55,20 @@ impl Host {
             }
             Cut::Routers => of_routers("drop"),
             Cut::RoutersByReset => of_routers("reject with tcp reset"),
+            Cut::RoutersFromDecision => {
+                let lost = |end: &str| {
+                    let of = |port: &str| format!("ip {end} @lost tcp {port} {ROUTER_PORT} drop");
+                    format!("{}; {}", of("dport"), of("sport"))
+                };
+                let word = format!("tcp dport {ROUTER_PORT} ip length 53 add @lost {{ ip daddr }} drop");
+                (format!("{}; {word}", lost("daddr")), lost("saddr"))
+            }
         };
         self.place().run_script(
             &["nft", "-f", "-"],
             &format!(
                 "table inet cut {{\n\
+                 set lost {{ type ipv4_addr; flags dynamic; size 16; }}\n\
                  chain outgoing {{ type filter hook output priority 0; {outgoing}; }}\n\
                  chain incoming {{ type filter hook input priority 0; {incoming}; }}\n\
                  }}\n"
