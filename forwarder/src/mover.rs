@@ -41,7 +41,7 @@ use crate::{
     process::not_made,
     queue,
     site::{Parked, Prepared, PreparedEnd, Site, locked, report, reset},
-    table::COMMIT,
+    table::{COMMIT, Silence},
     transaction::{Action, End, Event, Look, Message, Queue},
 };
 
@@ -245,9 +245,17 @@ impl Remote {
         Ok(())
     }
 
+    fn silence(&self) -> Silence {
+        match (self.manner, self.prepared.direction) {
+            (Manner::Settle, Direction::ToHost) => Silence::AskNew,
+            (Manner::Settle, Direction::ToOverlay) => Silence::AskOld,
+            (Manner::Salvage, _) => Silence::Keep,
+        }
+    }
+
     fn deal(&self) -> Deal<'_> {
         match self.role {
-            Role::Decider => Deal::Decides(self.witness.as_fd()),
+            Role::Decider => Deal::Decides(self.witness.as_fd(), self.silence()),
             Role::Follower => Deal::Follows(self.witness.as_fd()),
         }
     }
@@ -281,11 +289,10 @@ impl Remote {
             }
             Direction::ToOverlay => {
                 self.prepared.parked = None;
-                if self.manner == Manner::Salvage {
-                    // Nobody acknowledges what is in it, nor its end: it would be sent again and again for a quarter of
-                    // an hour. A reset that arrives finds the peer's socket out of use, too.
-                    reset(&end.old);
-                }
+                // Where its path is dead, nobody acknowledges what is in it, nor its end: it would be sent again and again
+                // for a quarter of an hour. Where it is not, this tells a peer that hears nothing else: see `Silence`. A
+                // reset that arrives otherwise finds the peer's socket out of use, too.
+                reset(&end.old);
                 None
             }
         };
@@ -383,7 +390,8 @@ impl Running<'_> {
                 None
             }
             Action::CloseNew => {
-                self.mover.new = None;
+                // So that a peer that hears nothing else knows: see `Silence`.
+                self.mover.new.take().iter().for_each(reset);
                 None
             }
             Action::Thaw => {
