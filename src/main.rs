@@ -18,7 +18,7 @@ mod stall;
 mod trace;
 mod workload;
 
-use std::{net::IpAddr, process::ExitCode};
+use std::{io::Write, net::IpAddr, process::ExitCode};
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
@@ -49,10 +49,20 @@ fn main() -> ExitCode {
     match obey(arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            // Not to panic where nobody takes it, as on a full disk.
+            let _ = writeln!(std::io::stderr(), "error: {}", in_one_line(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// Many errors tell their cause by themselves: it is said once.
+fn in_one_line(error: &anyhow::Error) -> String {
+    error
+        .chain()
+        .map(ToString::to_string)
+        .reduce(|said, cause| if said.contains(&cause) { said } else { format!("{said}: {cause}") })
+        .unwrap_or_default()
 }
 
 fn obey(arguments: Arguments) -> Result<()> {

@@ -3,6 +3,7 @@
 
 use std::{
     collections::BTreeMap,
+    io,
     path::{Path, PathBuf},
 };
 
@@ -24,10 +25,15 @@ pub trait WorkloadSource: Send + Sync {
 }
 
 /// The container of a process of this host. A process that has ended belongs to none.
-pub fn of_process(source: &dyn WorkloadSource, tgid: u32) -> Workload {
-    let cgroups = std::fs::read_to_string(format!("/proc/{tgid}/cgroup")).unwrap_or_default();
+pub fn of_process(source: &dyn WorkloadSource, tgid: u32) -> io::Result<Workload> {
+    let cgroups = match std::fs::read_to_string(format!("/proc/{tgid}/cgroup")) {
+        Err(error) if matches!(error.raw_os_error(), Some(nix::libc::ENOENT | nix::libc::ESRCH)) => {
+            String::new()
+        }
+        cgroups => cgroups?,
+    };
     let cgroup = cgroups.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or_default();
-    source.of_cgroup(cgroup)
+    Ok(source.of_cgroup(cgroup))
 }
 
 #[derive(Debug, thiserror::Error)]

@@ -26,7 +26,7 @@ use crate::{
     options::{self, SendRoom},
     process::{self, RemoteFd, Tgid},
     site::{PreparedEnd, may_be_moved},
-    table::{Plan, Rank, Verdict},
+    table::{Plan, Rank, Silence, Verdict},
     transaction::Look,
 };
 
@@ -134,7 +134,7 @@ pub struct Substitution<'a> {
 #[derive(Clone, Copy)]
 pub enum Deal<'a> {
     /// Decider, with the witness.
-    Decides(BorrowedFd<'a>),
+    Decides(BorrowedFd<'a>, Silence),
     /// Follower, with the witness.
     Follows(BorrowedFd<'a>),
     /// Both ends are in these processes.
@@ -144,7 +144,7 @@ pub enum Deal<'a> {
 impl<'a> Deal<'a> {
     fn verdict(self) -> Verdict {
         match self {
-            Deal::Decides(_) => Verdict::FromPeer,
+            Deal::Decides(_, silence) => Verdict::FromPeer(silence),
             Deal::Follows(_) => Verdict::ToPeer,
             Deal::Within => Verdict::Own,
         }
@@ -152,7 +152,7 @@ impl<'a> Deal<'a> {
 
     fn witness(self) -> Option<BorrowedFd<'a>> {
         match self {
-            Deal::Decides(witness) | Deal::Follows(witness) => Some(witness),
+            Deal::Decides(witness, _) | Deal::Follows(witness) => Some(witness),
             Deal::Within => None,
         }
     }
@@ -199,7 +199,7 @@ impl Armed {
         let others = plans.len() > 1;
         // Our own ends are closed on return: an end of file says that no process has one any more.
         let barrier = if others { Some(barrier()?) } else { None };
-        let ruling = if others && verdict != Verdict::FromPeer { Some(channel()?) } else { None };
+        let ruling = if others && !matches!(verdict, Verdict::FromPeer(_)) { Some(channel()?) } else { None };
         let mut armed = Armed { gate: Gate::new()?, blocks: Vec::new(), rooms };
         for (index, (tgid, plan)) in plans.iter().enumerate() {
             let leads = index == 0;
@@ -303,16 +303,17 @@ fn barrier() -> Result<(OwnedFd, OwnedFd), Refusal> {
 struct Live;
 
 impl Descriptors for Live {
-    fn close_on_exec(&self, table: &Table, fd: RemoteFd) -> bool {
-        process::open_flags(table.tid, fd).is_ok_and(|flags| flags & libc::O_CLOEXEC != 0)
+    fn close_on_exec(&self, table: &Table, fd: RemoteFd) -> Result<bool, Refusal> {
+        let flags = process::open_flags(table.tid, fd).map_err(process::lacking)?;
+        Ok(flags & libc::O_CLOEXEC != 0)
     }
 
     fn is_registered(&self, table: &Table, epoll: RemoteFd, fd: RemoteFd) -> bool {
         process::is_registered(table.tid, epoll, fd)
     }
 
-    fn epoll_sets(&self, table: &Table) -> Vec<RemoteFd> {
-        process::epoll_sets(table.tid)
+    fn epoll_sets(&self, table: &Table) -> Result<Vec<RemoteFd>, Refusal> {
+        process::epoll_sets(table.tid).map_err(process::lacking)
     }
 }
 
@@ -348,7 +349,7 @@ fn memory_file(bytes: &[u8]) -> Result<OwnedFd, Refusal> {
         file.rewind()?;
         Ok(file.into())
     };
-    make().map_err(|_| Refusal::InjectionFailed)
+    make().map_err(process::not_made)
 }
 
 #[cfg(test)]

@@ -134,16 +134,18 @@ impl Frozen {
 
     fn seize_new_threads(&mut self, tgid: Tgid) -> Result<usize, Refusal> {
         let mut new = 0;
-        for tid in process::threads(tgid).map_err(|_| Refusal::HolderVanished)? {
+        for tid in process::threads(tgid).map_err(process::lacking)? {
             if self.seized.contains_key(&tid) {
                 continue;
             }
             match ptrace::seize(Pid::from_raw(tid.0), ptrace::Options::PTRACE_O_TRACESYSGOOD) {
                 Ok(()) => {}
-                // Gone, or a zombie: a leader that ended before its threads.
-                Err(_) if matches!(process::state(tgid, tid), None | Some('Z' | 'X')) => continue,
-                Err(Errno::EPERM) => return Err(Refusal::HolderTraced),
-                Err(_) => return Err(Refusal::HolderVanished),
+                Err(error) => match (process::state(tgid, tid).map_err(process::lacking)?, error) {
+                    // Gone, or a zombie: a leader that ended before its threads.
+                    (None | Some('Z' | 'X'), _) => continue,
+                    (Some(_), Errno::EPERM) => return Err(Refusal::HolderTraced),
+                    (Some(_), _) => return Err(Refusal::HolderVanished),
+                },
             }
             self.seized.insert(tid, tgid);
             fault::point(Point::Seizing);
@@ -196,12 +198,11 @@ impl Frozen {
 
     /// All threads of this process stand still: see what the stop did to their system calls, and undo it.
     fn examine(&self, tgid: Tgid, stopped: &HashMap<Tid, Stop>) -> Result<FrozenProcess, Refusal> {
-        let vanished = |_| Refusal::HolderVanished;
-        let memory = Memory::open(tgid).map_err(vanished)?;
-        let vdso = process::vdso(tgid).map_err(vanished)?.ok_or(Refusal::NoInjectionRoom)?;
+        let memory = Memory::open(tgid).map_err(process::lacking)?;
+        let vdso = process::vdso(tgid).map_err(process::lacking)?.ok_or(Refusal::NoInjectionRoom)?;
         let mut process = FrozenProcess {
             tgid,
-            pidfd: process::pidfd(tgid).map_err(vanished)?,
+            pidfd: process::pidfd(tgid).map_err(process::lacking)?,
             foothold: Foothold { at: RemoteAddr(0), scratch: None, shelter: None },
             memory,
             threads: Vec::new(),

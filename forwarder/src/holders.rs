@@ -77,10 +77,10 @@ impl Holders {
 
 /// What the descriptors of frozen processes are.
 pub trait Descriptors {
-    fn close_on_exec(&self, table: &Table, fd: RemoteFd) -> bool;
+    fn close_on_exec(&self, table: &Table, fd: RemoteFd) -> Result<bool, Refusal>;
     /// Is `fd`, as it is now, registered in the epoll set `epoll`?
     fn is_registered(&self, table: &Table, epoll: RemoteFd, fd: RemoteFd) -> bool;
-    fn epoll_sets(&self, table: &Table) -> Vec<RemoteFd>;
+    fn epoll_sets(&self, table: &Table) -> Result<Vec<RemoteFd>, Refusal>;
 }
 
 /// What to do to each table so that socket `index` takes the place of the one that `holders` hold, while `facts` is
@@ -105,11 +105,10 @@ pub fn plan(
     }
     for table in &holders.tables {
         let plan = plans.entry(table.table).or_default();
-        plan.replacements.extend(table.fds.iter().map(|fd| Replacement {
-            fd: *fd,
-            close_on_exec: descriptors.close_on_exec(table, *fd),
-            socket: index,
-        }));
+        for fd in &table.fds {
+            let close_on_exec = descriptors.close_on_exec(table, *fd)?;
+            plan.replacements.push(Replacement { fd: *fd, close_on_exec, socket: index });
+        }
     }
     Ok(())
 }
@@ -142,13 +141,13 @@ fn registrations<'a>(
     let fd = RemoteFd(watcher.fd as i32);
     let taken =
         |table: &Table, epoll| found.iter().any(|(_, of, taken)| of.table == table.table && *taken == epoll);
-    let candidates: Vec<(&Table, RemoteFd)> = holders
-        .tables
-        .iter()
-        .filter(|table| table.fds.contains(&fd))
-        .flat_map(|table| descriptors.epoll_sets(table).into_iter().map(move |epoll| (table, epoll)))
-        .filter(|(table, epoll)| !taken(table, *epoll) && descriptors.is_registered(table, *epoll, fd))
-        .collect();
+    let mut candidates: Vec<(&Table, RemoteFd)> = Vec::new();
+    for table in holders.tables.iter().filter(|table| table.fds.contains(&fd)) {
+        let sets = descriptors.epoll_sets(table)?.into_iter();
+        let watches =
+            |epoll: &RemoteFd| !taken(table, *epoll) && descriptors.is_registered(table, *epoll, fd);
+        candidates.extend(sets.filter(watches).map(|epoll| (table, epoll)));
+    }
     let [(table, epoll)] = candidates[..] else { return Err(Refusal::EpollUnreachable) };
     found.push((watcher, table, epoll));
     Ok(found)
@@ -229,16 +228,16 @@ mod tests {
     struct Sets(Vec<i32>);
 
     impl Descriptors for Sets {
-        fn close_on_exec(&self, _: &Table, _: RemoteFd) -> bool {
-            false
+        fn close_on_exec(&self, _: &Table, _: RemoteFd) -> Result<bool, Refusal> {
+            Ok(false)
         }
 
         fn is_registered(&self, _: &Table, epoll: RemoteFd, _: RemoteFd) -> bool {
             self.0.contains(&epoll.0)
         }
 
-        fn epoll_sets(&self, _: &Table) -> Vec<RemoteFd> {
-            self.0.iter().copied().map(RemoteFd).collect()
+        fn epoll_sets(&self, _: &Table) -> Result<Vec<RemoteFd>, Refusal> {
+            Ok(self.0.iter().copied().map(RemoteFd).collect())
         }
     }
 

@@ -42,7 +42,7 @@ use crate::{
     freeze::{
         FrozenProcess, Stop, go_on, read_regs, set_signal_mask, signal_mask, wait_for_stop, write_regs,
     },
-    process::{self, RemoteAddr, RemoteFd, Tid},
+    process::{RemoteAddr, RemoteFd, Tid, copy_fd, not_made},
     table::{COMMIT, INSTALLED, Lent, Plan, Rank, Table, Verdict, result_at},
 };
 
@@ -121,8 +121,7 @@ impl Gate {
 
 /// Two ends that blocks speak and wait on.
 pub fn channel() -> Result<(OwnedFd, OwnedFd), Refusal> {
-    socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
-        .map_err(|_| Refusal::InjectionFailed)
+    socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).map_err(not_made)
 }
 
 /// How a block ended.
@@ -220,7 +219,7 @@ impl Block {
         let mut pair = [0; 8];
         process.memory.read(RemoteAddr(scratch_at + scratch::PAIR), &mut pair).map_err(vanished)?;
         let theirs = RemoteFd(i32::from_ne_bytes([pair[4], pair[5], pair[6], pair[7]]));
-        let ours = process::copy_fd(&process.pidfd, theirs).map_err(|_| Refusal::InjectionFailed)?;
+        let ours = copy_fd(&process.pidfd, theirs).map_err(not_made)?;
         send_descriptors(&ours, &lend.descriptors(gate))?;
         self.pair = Some(ours);
         fault::point(Point::Lent);

@@ -16,6 +16,8 @@ mod mover;
 mod options;
 mod process;
 mod queue;
+mod receive;
+mod room;
 mod rseq;
 mod server;
 mod site;
@@ -23,6 +25,7 @@ mod table;
 mod transaction;
 
 use std::{
+    io::Write,
     os::unix::{fs::PermissionsExt, net::UnixListener},
     path::{Path, PathBuf},
     process::ExitCode,
@@ -78,7 +81,8 @@ pub fn main() -> ExitCode {
     match run(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            // Not to panic where nobody takes it, as on a full disk.
+            let _ = writeln!(std::io::stderr(), "error: {error:#}");
             ExitCode::FAILURE
         }
     }
@@ -89,6 +93,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     env_logger::Builder::new().filter_level(arguments.log_level).init();
     probe()?;
     outlive_others();
+    room::raise_limit().context("raising RLIMIT_NOFILE")?;
     // Before the first thread, so that all inherit it: a stop must not come while a process is frozen.
     let mut stop = SigSet::empty();
     stop.add(Signal::SIGTERM);

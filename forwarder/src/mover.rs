@@ -38,9 +38,10 @@ use crate::{
     holders::has_fired_one_shot,
     inspect::{Inspector, SocketFacts, TCP_ESTABLISHED},
     options::{ReceiveRoom, Shallow},
+    process::not_made,
     queue,
     site::{Parked, Prepared, PreparedEnd, Site, locked, report, reset},
-    table::COMMIT,
+    table::{COMMIT, Silence},
     transaction::{Action, End, Event, Look, Message, Queue},
 };
 
@@ -136,7 +137,7 @@ pub fn new_sockets(prepared: &mut Prepared, given: Vec<OwnedFd>) -> Result<Vec<O
         Direction::ToOverlay => {
             let parked = prepared.parked.as_ref().ok_or(Refusal::NotParked)?;
             let copies: io::Result<Vec<_>> = parked.overlay.iter().map(OwnedFd::try_clone).collect();
-            copies.map_err(|_| Refusal::InjectionFailed)?
+            copies.map_err(not_made)?
         }
     };
     if sockets.len() == prepared.ends.len() { Ok(sockets) } else { Err(Refusal::HostPathFailed) }
@@ -194,6 +195,14 @@ impl Remote {
         let Some(end) = self.prepared.ends.pop() else {
             return Finished { outcome: aborted(Refusal::NotEstablished, 0), parked: None };
         };
+        let site = Arc::clone(&self.site);
+        let _room = match site.rooms.promise(end.holders.tgids.len()) {
+            Ok(room) => room,
+            Err(reason) => {
+                (self.tell)(&Message::Abort { reason });
+                return Finished { outcome: aborted(reason, 0), parked: None };
+            }
+        };
         let mut running = Running {
             mover: &mut self,
             end: &end,
@@ -236,9 +245,17 @@ impl Remote {
         Ok(())
     }
 
+    fn silence(&self) -> Silence {
+        match (self.manner, self.prepared.direction) {
+            (Manner::Settle, Direction::ToHost) => Silence::AskNew,
+            (Manner::Settle, Direction::ToOverlay) => Silence::AskOld,
+            (Manner::Salvage, _) => Silence::Keep,
+        }
+    }
+
     fn deal(&self) -> Deal<'_> {
         match self.role {
-            Role::Decider => Deal::Decides(self.witness.as_fd()),
+            Role::Decider => Deal::Decides(self.witness.as_fd(), self.silence()),
             Role::Follower => Deal::Follows(self.witness.as_fd()),
         }
     }
@@ -272,11 +289,10 @@ impl Remote {
             }
             Direction::ToOverlay => {
                 self.prepared.parked = None;
-                if self.manner == Manner::Salvage {
-                    // Nobody acknowledges what is in it, nor its end: it would be sent again and again for a quarter of
-                    // an hour. A reset that arrives finds the peer's socket out of use, too.
-                    reset(&end.old);
-                }
+                // Where its path is dead, nobody acknowledges what is in it, nor its end: it would be sent again and again
+                // for a quarter of an hour. Where it is not, this tells a peer that hears nothing else: see `Silence`. A
+                // reset that arrives otherwise finds the peer's socket out of use, too.
+                reset(&end.old);
                 None
             }
         };
@@ -374,7 +390,8 @@ impl Running<'_> {
                 None
             }
             Action::CloseNew => {
-                self.mover.new = None;
+                // So that a peer that hears nothing else knows: see `Silence`.
+                self.mover.new.take().iter().for_each(reset);
                 None
             }
             Action::Thaw => {

@@ -10,6 +10,8 @@ use std::{
     },
 };
 
+use forwarder_api::Refusal;
+
 /// A thread group: what `ps` calls a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Tgid(pub i32);
@@ -48,6 +50,20 @@ fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
+/// Why something about another process could not be had: because of us, or because it has ended or changed.
+pub fn lacking(error: io::Error) -> Refusal {
+    out_of_descriptors(&error).unwrap_or(Refusal::HolderVanished)
+}
+
+/// A call that only makes something for us has failed.
+pub fn not_made(error: impl Into<io::Error>) -> Refusal {
+    out_of_descriptors(&error.into()).unwrap_or(Refusal::InjectionFailed)
+}
+
+fn out_of_descriptors(error: &io::Error) -> Option<Refusal> {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)).then_some(Refusal::Exhausted)
+}
+
 /// The threads of a process at this moment, zombies left out.
 pub fn threads(tgid: Tgid) -> io::Result<Vec<Tid>> {
     let mut tids = Vec::new();
@@ -59,10 +75,13 @@ pub fn threads(tgid: Tgid) -> io::Result<Vec<Tid>> {
 }
 
 /// The state letter of a thread in /proc/PID/task/TID/stat, `None` if it is gone.
-pub fn state(tgid: Tgid, tid: Tid) -> Option<char> {
-    let stat = std::fs::read_to_string(format!("/proc/{}/task/{}/stat", tgid.0, tid.0)).ok()?;
+pub fn state(tgid: Tgid, tid: Tid) -> io::Result<Option<char>> {
+    let stat = match std::fs::read_to_string(format!("/proc/{}/task/{}/stat", tgid.0, tid.0)) {
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => return Ok(None),
+        stat => stat?,
+    };
     // The name in parentheses may hold anything: the state follows the last one.
-    stat.rsplit_once(')')?.1.trim_start().chars().next()
+    Ok(stat.rsplit_once(')').and_then(|(_, rest)| rest.trim_start().chars().next()))
 }
 
 /// Does a seccomp filter, or the strict mode, stand between the thread and its system calls? If it cannot be read, yes.
@@ -120,13 +139,13 @@ pub fn is_registered(tid: Tid, epoll: RemoteFd, fd: RemoteFd) -> bool {
 }
 
 /// All descriptors of a process that are epoll sets.
-pub fn epoll_sets(tid: Tid) -> Vec<RemoteFd> {
-    let Ok(entries) = std::fs::read_dir(format!("/proc/{}/fd", tid.0)) else { return vec![] };
+pub fn epoll_sets(tid: Tid) -> io::Result<Vec<RemoteFd>> {
+    let entries = std::fs::read_dir(format!("/proc/{}/fd", tid.0))?;
     let is_set = |path: std::path::PathBuf| {
         std::fs::read_link(path).is_ok_and(|link| link.as_os_str() == "anon_inode:[eventpoll]")
     };
     let sets = entries.flatten().filter(|entry| is_set(entry.path()));
-    sets.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).map(RemoteFd).collect()
+    Ok(sets.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).map(RemoteFd).collect())
 }
 
 /// Does a process run a 32-bit program? By the class in its ELF head.

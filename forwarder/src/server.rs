@@ -9,10 +9,10 @@
 
 use std::{
     collections::{HashMap, VecDeque, hash_map::Entry},
-    io::{self, IoSliceMut, Write},
+    io::{self, Write},
     net::Shutdown,
     os::{
-        fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
+        fd::OwnedFd,
         unix::net::{UnixListener, UnixStream},
     },
     sync::{
@@ -27,15 +27,14 @@ use forwarder_api::{
     ConnId, Direction, Event, Frame, FrameError, Outcome, Refusal, Request, SocketInode, SocketRecord,
     VERSION,
 };
-use nix::sys::socket::{
-    ControlMessageOwned, MsgFlags, UnixCredentials, getsockopt, recvmsg, sockopt::PeerCredentials,
-};
+use nix::sys::socket::{UnixCredentials, getsockopt, sockopt::PeerCredentials};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
     inspect::{Descriptor, Kind, TCP_LISTEN},
     mover::{Finished, Mailbox, Remote, Task, new_sockets, run_local},
     process::Tgid,
+    receive::receive,
     site::{Prepared, Site, locked},
     transaction,
 };
@@ -55,6 +54,8 @@ pub enum SessionError {
     NoHello { received: &'static str },
     #[error("the other end of the socket is user {received}, user {expected} expected")]
     User { received: u32, expected: u32 },
+    #[error("no thread for its requests: {0}")]
+    NoThread(#[source] io::Error),
 }
 
 /// A router that is connected.
@@ -75,34 +76,54 @@ struct Connection {
     cancelled: bool,
 }
 
+/// After a router could not be let in. Out of descriptors, most likely: the backlog waits.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+
 /// Serve routers on `listener`, for ever.
 pub fn serve(site: &Arc<Site>, listener: &UnixListener) -> io::Result<()> {
     let current: Arc<Mutex<Option<Arc<Session>>>> = Arc::default();
     watch_parked(site, &current)?;
     loop {
-        let (stream, _) = listener.accept()?;
-        if let Err(error) = may_connect(&stream) {
-            log::warn!("{error}");
-            continue;
-        }
-        let session = Arc::new(Session {
-            open: AtomicBool::new(true),
-            site: Arc::clone(site),
-            stream: Mutex::new(stream.try_clone()?),
-            connections: Mutex::default(),
+        let admitted = listener.accept().map_err(SessionError::from).and_then(|(stream, _)| {
+            may_connect(&stream)?;
+            admit(site, &current, stream)
         });
-        if let Some(previous) = locked(&current).replace(Arc::clone(&session)) {
-            previous.end();
+        // Whatever it is, what is parked here needs a forwarder.
+        if let Err(error) = admitted {
+            log::warn!("a router could not be let in: {error}");
+            thread::sleep(ACCEPT_AGAIN);
         }
-        thread::Builder::new().name("session".into()).spawn(move || {
-            log::info!("a router is connected");
-            match session.read_requests(&stream) {
-                Ok(()) => log::info!("the router is gone"),
-                Err(error) => log::warn!("the router's session is over: {error}"),
-            }
-            session.end();
-        })?;
     }
+}
+
+/// In the place of whoever was there.
+fn admit(
+    site: &Arc<Site>,
+    current: &Mutex<Option<Arc<Session>>>,
+    stream: UnixStream,
+) -> Result<(), SessionError> {
+    let session = Arc::new(Session {
+        open: AtomicBool::new(true),
+        site: Arc::clone(site),
+        stream: Mutex::new(stream.try_clone()?),
+        connections: Mutex::default(),
+    });
+    if let Some(previous) = locked(current).replace(Arc::clone(&session)) {
+        previous.end();
+    }
+    let reader = Arc::clone(&session);
+    let reading = thread::Builder::new().name("session".into()).spawn(move || {
+        log::info!("a router is connected");
+        match reader.read_requests(&stream) {
+            Ok(()) => log::info!("the router is gone"),
+            Err(error) => log::warn!("the router's session is over: {error}"),
+        }
+        reader.end();
+    });
+    reading.map(drop).map_err(|error| {
+        session.end();
+        SessionError::NoThread(error)
+    })
 }
 
 /// Only a process of our own user may tell us what to do.
@@ -143,7 +164,7 @@ fn watch_parked(site: &Arc<Site>, current: &Arc<Mutex<Option<Arc<Session>>>>) ->
 
 impl Session {
     fn read_requests(self: &Arc<Self>, stream: &UnixStream) -> Result<(), SessionError> {
-        let mut reader = Reader { stream, bytes: Vec::new(), fds: VecDeque::new() };
+        let mut reader = Reader { stream, bytes: Vec::new(), fds: VecDeque::new(), lost_fds: false };
         match reader.next::<Request>()? {
             Some(Request::Hello { version: VERSION }) => {}
             Some(Request::Hello { version }) => return Err(SessionError::Version { received: version }),
@@ -154,8 +175,10 @@ impl Session {
         while let Some(request) = reader.next::<Request>()? {
             let direction = self.direction_of(&request);
             let count = request.fds(direction);
-            let fds = reader.take_fds(count);
-            self.handle(request, fds);
+            match reader.take_fds(count) {
+                Some(fds) => self.handle(request, fds),
+                None => self.no_room_for(&request),
+            }
         }
         Ok(())
     }
@@ -191,7 +214,7 @@ impl Session {
                     Ok(mailbox) => mailbox,
                     Err(error) => {
                         log::error!("{conn}: {error}");
-                        return self.send(&Event::Refused { conn, reason: Refusal::InjectionFailed });
+                        return self.send(&Event::Refused { conn, reason: Refusal::Exhausted });
                     }
                 };
                 let connection = Connection { direction, mailbox, prepared: None, cancelled: false };
@@ -259,10 +282,10 @@ impl Session {
         let witness = fds.pop();
         let (prepared, mut sockets, mailbox) = match self.take(conn, fds) {
             Ok(taken) => taken,
-            Err(reason) => return self.ended(conn, Outcome::Aborted { reason, pause_us: 0 }),
+            Err(reason) => return self.not_started(conn, reason),
         };
         let (Some(socket), Some(witness)) = (sockets.pop(), witness) else {
-            return self.ended(conn, Outcome::Aborted { reason: Refusal::HostPathFailed, pause_us: 0 });
+            return self.not_started(conn, Refusal::HostPathFailed);
         };
         let session = Arc::clone(self);
         let tell = Box::new(move |message: &transaction::Message| session.tell(conn, message));
@@ -274,7 +297,7 @@ impl Session {
     fn start_local(self: &Arc<Self>, conn: ConnId, budget_us: u32, fds: Vec<OwnedFd>) {
         let (prepared, sockets, _) = match self.take(conn, fds) {
             Ok(taken) => taken,
-            Err(reason) => return self.ended(conn, Outcome::Aborted { reason, pause_us: 0 }),
+            Err(reason) => return self.not_started(conn, reason),
         };
         let session = Arc::clone(self);
         let budget = Duration::from_micros(u64::from(budget_us));
@@ -282,6 +305,28 @@ impl Session {
             let finished = run_local(&session.site, prepared, sockets, budget);
             session.finished(conn, finished);
         });
+    }
+
+    /// The peer's forwarder may have begun.
+    fn not_started(&self, conn: ConnId, reason: Refusal) {
+        self.tell(conn, &transaction::Message::Abort { reason });
+        self.ended(conn, Outcome::Aborted { reason, pause_us: 0 });
+    }
+
+    /// Descriptors that the router has sent with it did not find room here.
+    fn no_room_for(&self, request: &Request) {
+        match request {
+            Request::Move { conn, .. } | Request::MoveLocal { conn, .. } => {
+                self.not_started(*conn, Refusal::Exhausted);
+            }
+            Request::Hello { .. }
+            | Request::Scan { .. }
+            | Request::Prepare { .. }
+            | Request::FromPeer { .. }
+            | Request::Cancel { .. }
+            | Request::Release { .. }
+            | Request::List { .. } => log::error!("the router sent descriptors where there are none"),
+        }
     }
 
     fn finished(&self, conn: ConnId, finished: Finished) {
@@ -373,7 +418,7 @@ impl Session {
         if let Err(error) = thread::Builder::new().name(name.into()).spawn(work) {
             log::error!("no thread to {name}: {error}");
             if let Some(conn) = conn {
-                self.ended(conn, Outcome::Aborted { reason: Refusal::InjectionFailed, pause_us: 0 });
+                self.not_started(conn, Refusal::Exhausted);
             }
         }
     }
@@ -409,6 +454,8 @@ struct Reader<'a> {
     stream: &'a UnixStream,
     bytes: Vec<u8>,
     fds: VecDeque<OwnedFd>,
+    /// Some did not find room here.
+    lost_fds: bool,
 }
 
 impl Reader<'_> {
@@ -431,29 +478,25 @@ impl Reader<'_> {
 
     fn fill(&mut self) -> io::Result<bool> {
         let mut buffer = vec![0; 64 << 10];
-        let mut space = nix::cmsg_space!([RawFd; 8]);
-        let mut buffers = [IoSliceMut::new(&mut buffer)];
-        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-        let message = match recvmsg::<()>(self.stream.as_raw_fd(), &mut buffers, Some(&mut space), flags) {
-            Ok(message) => message,
-            Err(nix::errno::Errno::EINTR) => return Ok(true),
-            Err(nix::errno::Errno::ECONNRESET) => return Ok(false),
-            Err(error) => return Err(error.into()),
+        let received = match receive(self.stream, &mut buffer) {
+            Ok(received) => received,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(false),
+            Err(error) => return Err(error),
         };
-        for control in message.cmsgs()? {
-            if let ControlMessageOwned::ScmRights(fds) = control {
-                // SAFETY: the kernel has just installed these descriptors for us; nobody else owns them.
-                self.fds.extend(fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-            }
-        }
-        let length = message.bytes;
-        self.bytes.extend_from_slice(&buffer[..length]);
-        Ok(length > 0)
+        self.fds.extend(received.fds);
+        self.lost_fds |= received.lost_fds;
+        self.bytes.extend_from_slice(&buffer[..received.length]);
+        Ok(received.length > 0)
     }
 
-    /// The descriptors that came with the message just read. More than announced are closed.
-    fn take_fds(&mut self, count: usize) -> Vec<OwnedFd> {
+    /// The descriptors that came with the message just read; `None` if some are lost: whose, nobody can tell.
+    fn take_fds(&mut self, count: usize) -> Option<Vec<OwnedFd>> {
+        if count > 0 && std::mem::take(&mut self.lost_fds) {
+            self.fds.clear();
+            return None;
+        }
         let count = count.min(self.fds.len());
-        self.fds.drain(..count).collect()
+        Some(self.fds.drain(..count).collect())
     }
 }

@@ -18,6 +18,7 @@ use crate::{
     options,
     process::{self, RemoteFd, Tgid},
     queue,
+    room::Rooms,
 };
 
 /// How long transactions may take to end when the forwarder stops.
@@ -29,6 +30,7 @@ const ENDED_MS: u16 = 5000;
 pub struct Site {
     pub programs: Arc<Programs>,
     pub own: Tgid,
+    pub rooms: Rooms,
     reserved: Mutex<HashMap<Tgid, ConnId>>,
     parked: Mutex<HashMap<ConnId, Parked>>,
     /// Released while they were prepared or moved: not to be parked again.
@@ -91,6 +93,7 @@ impl Site {
         Ok(Arc::new(Site {
             programs,
             own: Tgid(std::process::id() as i32),
+            rooms: Rooms::default(),
             reserved: Mutex::default(),
             parked: Mutex::default(),
             forsaken: Mutex::default(),
@@ -152,8 +155,8 @@ impl Site {
             .iter()
             .find(|d| d.kind == Kind::Tcp && d.inode == socket.0 && d.tgid != self.own.0)
             .ok_or(Refusal::NotEstablished)?;
-        let pidfd = process::pidfd(Tgid(held.tgid)).map_err(|_| Refusal::HolderVanished)?;
-        let old = process::copy_fd(&pidfd, RemoteFd(held.fd)).map_err(|_| Refusal::HolderVanished)?;
+        let pidfd = process::pidfd(Tgid(held.tgid)).map_err(process::lacking)?;
+        let old = process::copy_fd(&pidfd, RemoteFd(held.fd)).map_err(process::lacking)?;
         let inspector = self.programs.inspector().map_err(report)?;
         let facts = inspector.socket(old.as_fd()).map_err(report)?.ok_or(Refusal::HolderVanished)?;
         if facts.inode != socket.0 {
@@ -339,7 +342,13 @@ pub fn may_be_moved(facts: &SocketFacts) -> Result<(), Refusal> {
 /// An error of ours while looking: logged, and a refusal for the connection.
 pub fn report(error: InspectError) -> Refusal {
     log::error!("{error}");
-    Refusal::InjectionFailed
+    match error {
+        InspectError::List(_) | InspectError::NoSlot => Refusal::Exhausted,
+        InspectError::Load(_)
+        | InspectError::Run(_)
+        | InspectError::Map(_)
+        | InspectError::ShortRecord { .. } => Refusal::InjectionFailed,
+    }
 }
 
 /// A lock whose holder panicked still guards plain data: go on with it.

@@ -49,11 +49,23 @@ pub struct Replacement {
 pub enum Verdict {
     /// The lead says `C` on the witness, then all wait there for the peer's `I`: the end of the witness without it
     /// means that the peer has not moved, and never will.
-    FromPeer,
+    FromPeer(Silence),
     /// The lead decides for all processes of this end; then all say `I` on the witness.
     ToPeer,
     /// The lead decides, and nobody else needs to know: both ends are in these processes.
     Own,
+}
+
+/// What it means that nothing comes from the witness, neither a word nor its end: the routers cannot reach each other. The
+/// peer was told to move, and may have heard it or not. But it resets the host connection when it leaves it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Silence {
+    /// The new connection is the host connection: after a reset the peer has gone back.
+    AskNew,
+    /// The old one is: without a reset the peer is still there.
+    AskOld,
+    /// The host path is dead, and nothing says that the peer has not moved.
+    Keep,
 }
 
 /// The words on the witness.
@@ -254,6 +266,12 @@ pub fn result_at(call: usize) -> u64 {
 /// Stands for the length of a report until the table is complete.
 const LENGTH_TO_COME: u64 = u64::MAX;
 
+/// Fails once the connection was reset: ENOTCONN, and EFAULT otherwise, because there is nowhere to write the answer to.
+fn ask_for_peer(socket: u64) -> Call {
+    let connected = -i64::from(libc::EFAULT);
+    Call::new(libc::SYS_getpeername, &[0, 0, 0]).indirect(0, socket).at_least(connected)
+}
+
 /// A place in the table that calls go on to.
 #[derive(Clone, Copy)]
 struct Label(usize);
@@ -268,7 +286,7 @@ impl Label {
 #[derive(Default)]
 struct Draft {
     calls: Vec<Call>,
-    places: [usize; 5],
+    places: [usize; 6],
     failures: Vec<(usize, Label)>,
     successes: Vec<(usize, Label)>,
 }
@@ -319,7 +337,7 @@ impl Draft {
     ) -> Option<Range<usize>> {
         const COMMIT_WORD: u64 = scratch::WORDS;
         const INSTALLED_WORD: u64 = scratch::WORDS + 1;
-        if verdict == Verdict::FromPeer {
+        if let Verdict::FromPeer(silence) = verdict {
             if rank != Rank::Other {
                 self.call(say(lent.witness(), COMMIT_WORD)).or(undo);
             }
@@ -327,11 +345,19 @@ impl Draft {
             // Twice: SIGSTOP ends a wait that has a time-out.
             self.call(peek(lent.witness(), 0)).then(kept);
             self.call(peek(lent.witness(), 0)).then(kept);
-            // Nothing within the time set on the witness, and not its end either: the hosts cannot reach each other. The
-            // peer was told to move, and nothing says that it has not.
-            self.call(peek(lent.witness(), libc::MSG_DONTWAIT).at_least(0)).or(kept);
+            // Nothing within the time set on the witness, and not its end either.
+            let silent = Label::new(5);
+            self.call(peek(lent.witness(), libc::MSG_DONTWAIT).at_least(0)).or(silent);
             self.call(peek(lent.witness(), libc::MSG_DONTWAIT)).then(kept);
-            return Some(first..self.calls.len());
+            let word = first..self.calls.len();
+            self.call(Call::new(libc::SYS_getpid, &[])).then(undo);
+            self.place(silent);
+            match silence {
+                Silence::AskNew => self.call(ask_for_peer(lent.new_socket(0))).then(kept).or(undo),
+                Silence::AskOld => self.call(ask_for_peer(lent.old_socket(0))).then(undo).or(kept),
+                Silence::Keep => self.call(Call::new(libc::SYS_getpid, &[])).then(kept),
+            };
+            return Some(word);
         }
         match rank {
             Rank::Lead { others: true } => {
@@ -345,7 +371,7 @@ impl Draft {
         let last = match verdict {
             // Said by every process: one that is killed now has not moved in vain. (An error: the peer is dead.)
             Verdict::ToPeer => say(lent.witness(), INSTALLED_WORD).at_least(i64::MIN),
-            Verdict::FromPeer | Verdict::Own => Call::new(libc::SYS_getpid, &[]),
+            Verdict::FromPeer(_) | Verdict::Own => Call::new(libc::SYS_getpid, &[]),
         };
         self.call(last).then(kept);
         None
@@ -388,7 +414,7 @@ mod tests {
             sockets: 1,
             carried: if rank == Rank::Other { vec![] } else { vec![(3, 0)] },
             barrier: others,
-            verdict: others && verdict != Verdict::FromPeer,
+            verdict: others && !matches!(verdict, Verdict::FromPeer(_)),
             witness: verdict != Verdict::Own,
         };
         (Table::new(0x1000, &plan, rank, verdict, &lent, 0), lent)
@@ -425,9 +451,9 @@ mod tests {
     const ALL: [(Rank, Verdict); 9] = {
         let (alone, lead) = (Rank::Lead { others: false }, Rank::Lead { others: true });
         [
-            (alone, Verdict::FromPeer),
-            (lead, Verdict::FromPeer),
-            (Rank::Other, Verdict::FromPeer),
+            (alone, Verdict::FromPeer(Silence::AskNew)),
+            (lead, Verdict::FromPeer(Silence::AskOld)),
+            (Rank::Other, Verdict::FromPeer(Silence::Keep)),
             (alone, Verdict::ToPeer),
             (lead, Verdict::ToPeer),
             (Rank::Other, Verdict::ToPeer),
@@ -467,7 +493,7 @@ mod tests {
     #[test]
     fn a_witness_that_ends_brings_the_old_sockets_back_and_their_registrations() {
         for rank in [Rank::Lead { others: false }, Rank::Lead { others: true }, Rank::Other] {
-            let (table, lent) = table(rank, Verdict::FromPeer);
+            let (table, lent) = table(rank, Verdict::FromPeer(Silence::AskNew));
             let (witness, well) = (lent.witness(), well(&lent));
             let made = run(&table, |number, first| {
                 if number == libc::SYS_recvfrom && first == witness { 0 } else { well(number, first) }
@@ -481,14 +507,25 @@ mod tests {
     }
 
     #[test]
-    fn a_silent_witness_is_no_reason_to_go_back() {
-        let (table, lent) = table(Rank::Lead { others: false }, Verdict::FromPeer);
-        let witness = lent.witness();
-        let silent = |number, first| {
-            if number == libc::SYS_recvfrom && first == witness { -i64::from(libc::EAGAIN) } else { 1 }
-        };
-        let made = run(&table, silent);
-        assert_eq!(made.iter().filter(|(number, _)| *number == libc::SYS_dup3).count(), 1);
+    fn a_silent_witness_leaves_it_to_the_host_connection_which_the_peer_has_reset_if_it_left_it() {
+        for (silence, reset, keeps) in [
+            (Silence::AskNew, false, true),
+            (Silence::AskNew, true, false),
+            (Silence::AskOld, false, false),
+            (Silence::AskOld, true, true),
+            (Silence::Keep, false, true),
+            (Silence::Keep, true, true),
+        ] {
+            let (table, lent) = table(Rank::Lead { others: false }, Verdict::FromPeer(silence));
+            let witness = lent.witness();
+            let made = run(&table, |number, first| match number {
+                libc::SYS_recvfrom if first == witness => -i64::from(libc::EAGAIN),
+                libc::SYS_getpeername => -i64::from(if reset { libc::ENOTCONN } else { libc::EFAULT }),
+                _ => 1,
+            });
+            let puts = made.iter().filter(|(number, _)| *number == libc::SYS_dup3).count();
+            assert_eq!(puts, if keeps { 1 } else { 2 }, "{silence:?}, reset: {reset}");
+        }
     }
 
     #[test]
@@ -502,7 +539,7 @@ mod tests {
 
     #[test]
     fn a_lead_sends_the_carried_bytes_when_all_have_replaced_and_speaks_only_then() {
-        for verdict in [Verdict::FromPeer, Verdict::ToPeer] {
+        for verdict in [Verdict::FromPeer(Silence::AskNew), Verdict::ToPeer] {
             let (table, lent) = table(Rank::Lead { others: true }, verdict);
             let made = run(&table, well(&lent));
             let places = [

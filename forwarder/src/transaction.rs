@@ -385,6 +385,7 @@ impl End {
             return (Stage::Frozen { mine, theirs }, vec![]);
         };
         match relation(&mine, peer) {
+            Relation::Strangers if went_on(peer, &mine) => self.abort(Refusal::PeerAborted),
             Relation::Strangers => self.abort(Refusal::NotTheSameConnection),
             Relation::InFlight if is_last(&mine, peer) => (Stage::Frozen { mine, theirs }, vec![]),
             Relation::InFlight => {
@@ -541,6 +542,14 @@ pub enum Relation {
 /// Nothing will change in `mine` any more, and all of it is known: `peer` is frozen and wrote so much.
 fn is_last(mine: &Look, peer: &Look) -> bool {
     mine.rcv_nxt == peer.write_seq && mine.unread.is_some()
+}
+
+/// `mine` has more than `peer` had written: it is not frozen any more, and its word of that is late, or lost with the
+/// routers' connection.
+fn went_on(peer: &Look, mine: &Look) -> bool {
+    let later = mine.rcv_nxt.wrapping_sub(peer.write_seq);
+    let on_the_way = mine.write_seq.wrapping_sub(peer.rcv_nxt);
+    later <= MAX_IN_FLIGHT && on_the_way <= MAX_IN_FLIGHT
 }
 
 /// More than TCP can have in flight (the largest scaled window is 1 GiB).

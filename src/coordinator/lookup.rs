@@ -86,7 +86,7 @@ impl Lookup {
         self.rules.len()
     }
 
-    /// A connection that tracing has shown; `None` if it is the host's own.
+    /// A connection that tracing has shown; `None` if it is the host's own, or left to the next scan.
     pub async fn connection(&mut self, seen: &Connection) -> Option<Learned> {
         let tuple = Tuple { local: seen.local, remote: seen.remote };
         let known = Seen { tuple, side: seen.side, v6: seen.v6, netns: seen.netns, socket: seen.socket };
@@ -118,7 +118,7 @@ impl Lookup {
         }
         let tuple = Tuple { local: names.local, remote: names.remote };
         let side = if record.accepted { Side::Server } else { Side::Client };
-        let workload = of_process(self.workloads.as_ref(), record.tgid);
+        let workload = self.workload(record.tgid)?;
         let (home, declined) = (self.home(tuple).await, self.verdict(side, tuple, &workload));
         let (swap, v6, socket) = (names.swap, record.v6, record.socket);
         Some(Stranded { tuple, swap, side, v6, socket, workload, home, declined })
@@ -129,13 +129,19 @@ impl Lookup {
         if netns == self.own_netns {
             return None;
         }
-        let workload = of_process(self.workloads.as_ref(), tgid);
+        let workload = self.workload(tgid)?;
         let home = match self.home(tuple).await {
             Home::Peer(_) if !self.is_attached(tgid).await => Home::Nowhere(Refusal::ForeignNamespace),
             home => home,
         };
         let declined = self.verdict(side, tuple, &workload);
         Some(Learned { tuple, side, v6, netns, socket, workload, home, declined, seen })
+    }
+
+    fn workload(&self, tgid: u32) -> Option<Workload> {
+        of_process(self.workloads.as_ref(), tgid)
+            .inspect_err(|error| log::warn!("process {tgid}: its container cannot be told now: {error}"))
+            .ok()
     }
 
     async fn is_attached(&mut self, tgid: u32) -> bool {

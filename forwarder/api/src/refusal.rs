@@ -52,11 +52,13 @@ pub enum Refusal {
     InjectionFailed,
     PeerAborted,
     UnfinishedCall,
+    // Whatever was under way.
+    Exhausted,
 }
 
 impl Refusal {
     /// Every variant, in the order of the enum.
-    pub const ALL: [Refusal; 45] = {
+    pub const ALL: [Refusal; 46] = {
         use Refusal::*;
         [
             NoRuleMatches,
@@ -104,6 +106,7 @@ impl Refusal {
             InjectionFailed,
             PeerAborted,
             UnfinishedCall,
+            Exhausted,
         ]
     };
 
@@ -140,6 +143,7 @@ impl Refusal {
                 | HolderTraced
                 | HolderStopped
                 | UrgentData
+                | Exhausted
         )
     }
 
@@ -234,6 +238,9 @@ impl Refusal {
             PeerAborted => ("peer_aborted", "the other end gave the swap up"),
             UnfinishedCall => {
                 ("unfinished_call", "a thread is in the middle of a call that cannot be continued later")
+            }
+            Exhausted => {
+                ("exhausted", "the forwarder of one of the hosts has run out of descriptors or threads")
             }
         }
     }

@@ -76,9 +76,11 @@ pub fn run_local(site: &Site, mut prepared: Prepared, new: Vec<OwnedFd>, budget:
 
 impl Local<'_> {
     fn run(&mut self) -> Result<(), Refusal> {
+        let tgids = tgids_of(self.ends);
+        let _room = self.site.rooms.promise(tgids.len())?;
         let deadline = Instant::now() + self.budget;
         self.times.began = Some(Instant::now());
-        let frozen = Frozen::freeze(&tgids_of(self.ends), deadline);
+        let frozen = Frozen::freeze(&tgids, deadline);
         self.times.thawed = Some(Instant::now());
         let mut frozen = frozen?;
         self.times.frozen = Some(Instant::now());

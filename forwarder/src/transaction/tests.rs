@@ -565,3 +565,15 @@ fn a_peer_that_received_more_than_was_written_is_a_stranger() {
     looks((100, 200), (200, 101), Relation::Strangers);
     looks((100, 4_000_000), (200, 100), Relation::Strangers);
 }
+
+#[test]
+fn a_peer_that_was_let_go_without_our_hearing_of_it_is_no_stranger() {
+    let look = |write_seq, rcv_nxt| Look { write_seq, rcv_nxt, unread: None };
+    let mut end = End::new(Role::Follower, Direction::ToHost, Manner::Settle);
+    end.step(Event::Start);
+    end.step(Event::Peer(Message::Freeze));
+    end.step(Event::Peer(Message::Look(look(200, 90))));
+    end.step(Event::Frozen(look(100, 190)));
+    let actions = end.step(Event::Looked(look(100, 201)));
+    assert!(actions.contains(&Action::End(Err(Refusal::PeerAborted))), "{actions:?}");
+}

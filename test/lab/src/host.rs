@@ -33,6 +33,10 @@ struct State {
     starts: u32,
     router: Option<Process>,
     forwarder: Option<Process>,
+    /// Where both have their sockets, if not in the host's directory.
+    sockets: Option<PathBuf>,
+    /// What they log finds no room.
+    logs_are_lost: bool,
 }
 
 /// How a router is started.
@@ -109,6 +113,7 @@ impl Host {
     /// The settings of this host's router.
     pub fn environment(&self) -> Vec<(String, OsString)> {
         let file = |name: &str| self.place.directory.join(name).into_os_string();
+        let socket = |name: &str| self.socket(name).into_os_string();
         let pins = self.place.directory.join("bpf/ebpf-router").into_os_string();
         let log_level = std::env::var_os("LAB_LOGLEVEL").unwrap_or_else(|| "INFO".into());
         [
@@ -116,8 +121,8 @@ impl Host {
             ("HOST_IF", HOST_IF.into()),
             ("ROUTER_LOGLEVEL", log_level.clone()),
             ("ROUTER_RULES", file("rules")),
-            ("ROUTER_FORWARDER", file("forwarder.sock")),
-            ("ROUTER_CONTROL", file("router.sock")),
+            ("ROUTER_FORWARDER", socket("forwarder.sock")),
+            ("ROUTER_CONTROL", socket("router.sock")),
             ("ROUTER_CGROUP", self.cgroup.path().into()),
             ("ROUTER_PINS", pins),
             ("FORWARDER_LOGLEVEL", log_level),
@@ -138,10 +143,19 @@ impl Host {
         self.start_forwarder_as(command)
     }
 
-    fn start_forwarder_as(&self, mut command: Command) -> Result<()> {
-        let socket = self.place.directory.join("forwarder.sock");
-        command.arg("--socket").arg(&socket).envs(self.environment());
-        let mut forwarder = self.start("forwarder", &mut command)?;
+    /// Starts a forwarder that is not expected to stay.
+    pub fn spawn_forwarder(&self) -> Result<Process> {
+        self.spawn_forwarder_as(Command::new(program("forwarder")?))
+    }
+
+    fn spawn_forwarder_as(&self, mut command: Command) -> Result<Process> {
+        command.arg("--socket").arg(self.socket("forwarder.sock")).envs(self.environment());
+        self.start("forwarder", &mut command)
+    }
+
+    fn start_forwarder_as(&self, command: Command) -> Result<()> {
+        let mut forwarder = self.spawn_forwarder_as(command)?;
+        let socket = self.socket("forwarder.sock");
         wait_for(&format!("the forwarder of {} to listen", self.name), DEADLINE, || {
             forwarder.fail_if_ended()?;
             Ok(is_listening(&forwarder, &socket).then_some(()))
@@ -228,9 +242,27 @@ impl Host {
         self.state().router.as_ref().map(Process::stderr).unwrap_or_default()
     }
 
+    /// The mount namespace in which the host's programs run.
+    pub(crate) fn mounts(&self) -> Result<&Namespace> {
+        self.place.mounts.as_deref().context("a host has mounts of its own")
+    }
+
+    pub(crate) fn put_sockets(&self, directory: PathBuf) {
+        self.state().sockets = Some(directory);
+    }
+
+    /// From now on, what router and forwarder log goes to a device that is full.
+    pub fn lose_logs(&self) {
+        self.state().logs_are_lost = true;
+    }
+
+    fn socket(&self, name: &str) -> PathBuf {
+        self.state().sockets.as_ref().unwrap_or(&self.place.directory).join(name)
+    }
+
     /// The files that programs have pinned in this host's bpf file system.
     pub fn pins(&self) -> Result<Vec<PathBuf>> {
-        let mounts = self.place.mounts.as_ref().context("a host has mounts of its own")?;
+        let mounts = self.mounts()?;
         let root = self.place.directory.join("bpf");
         mounts.run(|| {
             let mut pins = Vec::new();
@@ -274,12 +306,17 @@ impl Host {
     }
 
     fn start(&self, name: &str, command: &mut Command) -> Result<Process> {
-        let number = {
+        let (number, logs_are_lost) = {
             let mut state = self.state();
             state.starts += 1;
-            state.starts
+            (state.starts, state.logs_are_lost)
         };
-        let process = self.place.spawn(&format!("{name}-{number}"), command)?;
+        let name_of_logs = format!("{name}-{number}");
+        let process = if logs_are_lost {
+            self.place.spawn(&name_of_logs, &mut with_lost_logs(command))?
+        } else {
+            self.place.spawn(&name_of_logs, command)?
+        };
         ensure!(Path::new(&format!("/proc/{}", process.pid())).exists(), "{name} did not start");
         Ok(process)
     }
@@ -287,6 +324,14 @@ impl Host {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
+}
+
+/// The same command, its standard error on a full device.
+fn with_lost_logs(command: &Command) -> Command {
+    let mut lost = Command::new("sh");
+    lost.args(["-c", "exec \"$0\" \"$@\" 2>/dev/full"]).arg(command.get_program()).args(command.get_args());
+    lost.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    lost
 }
 
 /// As the kernel lists it: flag 00010000 is `__SO_ACCEPTCON`.

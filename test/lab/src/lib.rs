@@ -40,7 +40,7 @@ use anyhow::{Context, Result};
 pub use cgroup::Cgroup;
 pub use control::{Flow, Status};
 pub use direct::Direct;
-pub use fault::Cut;
+pub use fault::{Cut, leave_descriptors, limit_descriptors};
 pub use host::{Host, RULE_FOR_ALL_PODS, RULE_FOR_ALL_PODS_V6, RouterOptions};
 pub use namespace::Namespace;
 pub use pod::{Family, Pod};
