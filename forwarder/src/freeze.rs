@@ -278,6 +278,13 @@ impl FrozenProcess {
             self.threads[index].regs = regs;
             return write_regs(tid, regs).map_err(|_| Refusal::HolderVanished);
         }
+        let next = |at| {
+            let mut bytes = [0; 2];
+            self.memory.read(RemoteAddr(at), &mut bytes).ok().map(|()| bytes)
+        };
+        if arch::is_rewound(&regs, next) {
+            return Ok(());
+        }
         if let Some(resume) = self.wait_on(&self.threads[index], alarms)? {
             return self.enter_resume(index, resume);
         }

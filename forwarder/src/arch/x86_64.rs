@@ -525,6 +525,13 @@ pub enum Interrupted {
     Vector(Vector),
 }
 
+/// Was the thread stopped again right after the kernel had gone back to its call (see [`after_restart`]), and before it
+/// has made it? What looks like the result is the call's number then. `next`: the bytes at its instruction pointer.
+pub fn is_rewound(regs: &Regs, next: impl FnOnce(u64) -> Option<[u8; 2]>) -> bool {
+    const SYSCALL: [u8; 2] = [0x0f, 0x05];
+    in_syscall(regs) && regs.rax == regs.orig_rax && next(regs.rip) == Some(SYSCALL)
+}
+
 pub fn interrupted(regs: &Regs) -> Interrupted {
     if !in_syscall(regs) {
         return Interrupted::No;
@@ -871,6 +878,14 @@ mod tests {
         regs.r10 = u64::from(u32::MAX);
         assert_eq!(timed(&regs, false), None);
         assert_eq!(timed(&regs_in(libc::SYS_semtimedop, -4), false), None);
+    }
+
+    #[test]
+    fn a_write_that_is_about_to_be_repeated_has_moved_nothing() {
+        let rewound = after_restart(&regs_in(libc::SYS_write, -512));
+        assert!(is_rewound(&rewound, |at| (at == 0x1000).then_some([0x0f, 0x05])));
+        let moved_a_byte = regs_in(libc::SYS_write, 1);
+        assert!(!is_rewound(&moved_a_byte, |_| Some([0x48, 0x3d])));
     }
 
     #[test]

@@ -109,13 +109,13 @@ mod tests {
 
     /// What is found of a thread that does this, as soon as it sleeps.
     fn found_in(sleep: impl FnOnce() + Send + 'static) -> Sleeper {
+        let inspector = Programs::load().unwrap().inspector().unwrap();
         let (tell, hear) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
             tell.send(nix::unistd::gettid().as_raw()).unwrap();
             sleep();
         });
         let tid = Tid(hear.recv().unwrap());
-        let inspector = Programs::load().unwrap().inspector().unwrap();
         let pidfd = process::pidfd(Tgid(std::process::id() as i32)).unwrap();
         let deadline = Instant::now() + TIME / 2;
         loop {
