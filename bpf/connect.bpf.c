@@ -22,6 +22,7 @@
 #include <bpf/bpf_tracing.h>
 #include <bpf/bpf_core_read.h>
 #include <bpf/bpf_endian.h>
+#include "descriptor.h"
 #include "event.h"
 #include "identity.h"
 #include "socket.h"

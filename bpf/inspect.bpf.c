@@ -6,6 +6,7 @@
 #include <bpf/bpf_helpers.h>
 #include <bpf/bpf_tracing.h>
 
+#include "descriptor.h"
 #include "inspect.h"
 #include "socket.h"
 
@@ -134,29 +135,16 @@ int inspect_socket(struct bpf_raw_tracepoint_args *ctx)
 }
 
 /* As above; args[0] is a pidfd. */
-/* A pidfd keeps its struct pid in the inode since 6.9 (pidfs), in the file before. */
 SEC("raw_tp")
 int inspect_table(struct bpf_raw_tracepoint_args *ctx)
 {
 	__u32 slot = ctx->args[1];
 	struct table_facts *facts = bpf_map_lookup_elem(&tables, &slot);
-	struct file *file = file_of_fd(ctx->args[0]);
-	struct hlist_node *node;
-	struct task_struct *task;
+	struct task_struct *task = task_of_pidfd(ctx->args[0]);
 	struct files_struct *table;
-	struct pid *pid;
 
-	if (!facts || !file)
+	if (!facts || !task)
 		return 1;
-	pid = BPF_CORE_READ(file, private_data);
-	if (!pid)
-		pid = BPF_CORE_READ(file, f_inode, i_private);
-	if (!pid)
-		return 1;
-	node = BPF_CORE_READ(pid, tasks[PIDTYPE_PID].first);
-	if (!node)
-		return 1;
-	task = (void *)node - bpf_core_field_offset(struct task_struct, pid_links[PIDTYPE_PID]);
 	table = BPF_CORE_READ(task, files);
 	facts->table = (__u64)table;
 	facts->users = table ? BPF_CORE_READ(table, count.counter) : 0;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
-/* From a descriptor of the current task to its TCP socket. After vmlinux.h and bpf_core_read.h. */
+/* From an open file to its TCP socket. After vmlinux.h and bpf_core_read.h. */
 #ifndef SOCKET_H
 #define SOCKET_H
 
@@ -15,19 +15,6 @@ static __always_inline int is_tcp(const struct sock *sk)
 	if (family != AF_INET && family != AF_INET6)
 		return 0;
 	return BPF_CORE_READ(sk, sk_type) == SOCK_STREAM && BPF_CORE_READ(sk, sk_protocol) == IPPROTO_TCP;
-}
-
-static __always_inline struct file *file_of_fd(__u32 fd)
-{
-	struct task_struct *task = (void *)bpf_get_current_task();
-	struct fdtable *table = BPF_CORE_READ(task, files, fdt);
-	struct file **slots, *file = 0;
-
-	if (fd >= BPF_CORE_READ(table, max_fds))
-		return 0;
-	slots = BPF_CORE_READ(table, fd);
-	bpf_probe_read_kernel(&file, sizeof(file), slots + fd);
-	return file;
 }
 
 static __always_inline struct sock *tcp_sock_of(struct file *file)

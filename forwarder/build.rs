@@ -1,4 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
 fn main() -> anyhow::Result<()> {
-    bpf_skeleton::build(&["inspect"])
+    bpf_skeleton::build(&["inspect", "sleep"])
 }

@@ -22,7 +22,8 @@ use forwarder_api::Refusal;
 use nix::{errno::Errno, sys::ptrace, unistd::Pid};
 
 use crate::{
-    arch::{self, Interrupted, Partial, Regs, Vector},
+    alarm::{Alarm, Alarms},
+    arch::{self, Interrupted, Partial, Regs, Timed, Vector},
     fault::{self, Point},
     foothold::Foothold,
     process::{self, Memory, RemoteAddr, RemoteFd, Tgid, Tid},
@@ -60,21 +61,21 @@ pub struct Frozen {
 }
 
 impl Frozen {
-    /// Stop all threads of `tgids` before `deadline`.
-    pub fn freeze(tgids: &[Tgid], deadline: Instant) -> Result<Frozen, Refusal> {
+    /// Stop all threads of `tgids` before `deadline`. Their `alarms` were looked at just before.
+    pub fn freeze(tgids: &[Tgid], alarms: &Alarms, deadline: Instant) -> Result<Frozen, Refusal> {
         let mut frozen =
             Frozen { processes: Vec::with_capacity(tgids.len()), seized: HashMap::new(), _here: PhantomData };
         process::hurry();
         let mut stopped = HashMap::new();
         if let Err(reason) = frozen.stop_all(tgids, &mut stopped, deadline) {
-            frozen.give_up(tgids, stopped);
+            frozen.give_up(tgids, alarms, stopped);
             return Err(reason);
         }
         fault::point(Point::Stopped);
         let mut refusal = None;
         // Every process is put right, also when another one makes the swap impossible.
         for tgid in tgids {
-            match frozen.examine(*tgid, &stopped) {
+            match frozen.examine(*tgid, alarms, &stopped) {
                 Ok(process) => frozen.processes.push(process),
                 Err(reason) => refusal = Some(reason),
             }
@@ -107,11 +108,11 @@ impl Frozen {
 
     /// Not all could be stopped: put right those who stand still and let them go, then those who are late. Each has
     /// been interrupted, and would see that.
-    fn give_up(mut self, tgids: &[Tgid], mut stopped: HashMap<Tid, Stop>) {
+    fn give_up(mut self, tgids: &[Tgid], alarms: &Alarms, mut stopped: HashMap<Tid, Stop>) {
         for patience in [Duration::ZERO, LATE] {
             let _ = self.wait_all_stopped(&mut stopped, Instant::now() + patience);
             for tgid in tgids {
-                let _ = self.examine(*tgid, &stopped);
+                let _ = self.examine(*tgid, alarms, &stopped);
             }
             for (tid, _) in stopped.drain() {
                 let _ = ptrace::detach(Pid::from_raw(tid.0), None);
@@ -197,7 +198,12 @@ impl Frozen {
     }
 
     /// All threads of this process stand still: see what the stop did to their system calls, and undo it.
-    fn examine(&self, tgid: Tgid, stopped: &HashMap<Tid, Stop>) -> Result<FrozenProcess, Refusal> {
+    fn examine(
+        &self,
+        tgid: Tgid,
+        alarms: &Alarms,
+        stopped: &HashMap<Tid, Stop>,
+    ) -> Result<FrozenProcess, Refusal> {
         let memory = Memory::open(tgid).map_err(process::lacking)?;
         let vdso = process::vdso(tgid).map_err(process::lacking)?.ok_or(Refusal::NoInjectionRoom)?;
         let mut process = FrozenProcess {
@@ -234,7 +240,7 @@ impl Frozen {
         process.foothold = Foothold::establish(&process.memory, vdso)?;
         for index in 0..process.threads.len() {
             // Every thread is put right, also when another one makes the swap impossible.
-            if let Err(reason) = process.undo_interruption(index) {
+            if let Err(reason) = process.undo_interruption(index, alarms) {
                 refusal = Some(reason);
             }
         }
@@ -263,7 +269,7 @@ impl Drop for Frozen {
 }
 
 impl FrozenProcess {
-    fn undo_interruption(&mut self, index: usize) -> Result<(), Refusal> {
+    fn undo_interruption(&mut self, index: usize, alarms: &Alarms) -> Result<(), Refusal> {
         let FrozenThread { tid, regs, .. } = self.threads[index];
         if self.foothold.is_in_block(regs.rip) {
             return Err(Refusal::HolderBusy);
@@ -272,6 +278,16 @@ impl FrozenProcess {
             let regs = arch::continue_at(&regs, abort);
             self.threads[index].regs = regs;
             return write_regs(tid, regs).map_err(|_| Refusal::HolderVanished);
+        }
+        let next = |at| {
+            let mut bytes = [0; 2];
+            self.memory.read(RemoteAddr(at), &mut bytes).ok().map(|()| bytes)
+        };
+        if arch::is_rewound(&regs, next) {
+            return Ok(());
+        }
+        if let Some(resume) = self.wait_on(&self.threads[index], alarms)? {
+            return self.enter_resume(index, resume);
         }
         match arch::interrupted(&regs) {
             // A seccomp filter that allows the call may well kill for restart_syscall (OpenSSH's does).
@@ -297,6 +313,31 @@ impl FrozenProcess {
             }
             Interrupted::Vector(vector) => self.finish_vector_later(index, &vector),
         }
+    }
+
+    /// How a thread goes on with a call that shall end when it would have ended without us, if that is known.
+    fn wait_on(
+        &self,
+        FrozenThread { tid, regs, .. }: &FrozenThread,
+        alarms: &Alarms,
+    ) -> Result<Option<arch::Resume>, Refusal> {
+        let Some(timed) = arch::timed(regs, self.foothold.is_in_resume(regs.rip)) else { return Ok(None) };
+        let frame = self.resume_frame(regs)?;
+        let alarm = match &frame {
+            Some(frame) => arch::alarm_of(frame).map(Alarm),
+            None => alarms.of_stopped(self.tgid, *tid).filter(|_| self.may_wait_for(timed, *tid, regs)),
+        };
+        let resume =
+            |alarm: Alarm| arch::resume_until(regs, timed, alarm.0, alarm.left(), self.foothold.at.0, frame);
+        Ok(alarm.map(resume))
+    }
+
+    /// Where another call than the thread's own has to wait, it must come to the same, and no seccomp filter may kill
+    /// for it.
+    fn may_wait_for(&self, timed: Timed, tid: Tid, regs: &Regs) -> bool {
+        timed != Timed::Receive
+            || process::socket_inode(tid, RemoteFd(arch::descriptor(regs))).is_some()
+                && !process::is_filtered(self.tgid, tid)
     }
 
     fn finish_later(&mut self, index: usize, partial: &Partial) -> Result<(), Refusal> {
@@ -366,7 +407,8 @@ impl FrozenProcess {
     pub fn take_back_thread(&mut self) -> Result<(), Refusal> {
         let thread = &mut self.threads[0];
         thread.regs = read_regs(thread.tid).map_err(|_| Refusal::HolderVanished)?;
-        self.undo_interruption(0)
+        // What it does now was not looked at; a call that it goes on with has its alarm in the frame.
+        self.undo_interruption(0, &Alarms::default())
     }
 
     /// Put every thread but the lent one into a hold of its own, to wait there, if we die, until the word at `over` is

@@ -5,6 +5,8 @@
 //! few microseconds, in the context of the calling thread, on descriptors of this process. The list of all
 //! descriptors is a `task_file` iterator.
 
+pub mod sleep;
+
 use std::{
     io::Read,
     mem::MaybeUninit,
@@ -37,7 +39,7 @@ use skeleton::types;
 #[derive(Debug, thiserror::Error)]
 pub enum InspectError {
     #[error(
-        "the BPF programs that inspect sockets cannot be loaded: {0} (CAP_BPF, CAP_PERFMON and a kernel with BTF are needed)"
+        "the BPF programs that inspect sockets and threads cannot be loaded: {0} (CAP_BPF, CAP_PERFMON and a kernel with BTF are needed)"
     )]
     Load(#[source] libbpf_rs::Error),
     #[error("running a BPF program on a descriptor failed: {0}")]
@@ -142,6 +144,7 @@ pub struct Programs {
     sockets: MapHandle,
     tables: MapHandle,
     descriptors: Link,
+    sleep: sleep::Program,
     used_slots: AtomicU64,
 }
 
@@ -172,6 +175,7 @@ impl Programs {
                 .list_descriptors
                 .attach_iter_with_opts(libbpf_rs::IterOpts::None)
                 .map_err(InspectError::Load)?,
+            sleep: sleep::Program::load()?,
             used_slots: AtomicU64::new(0),
         }))
     }

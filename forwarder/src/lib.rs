@@ -3,6 +3,7 @@
 //!
 //! It acts on what one router tells it over a unix socket, faces no network, and outlives the router.
 
+mod alarm;
 mod arch;
 mod exchange;
 mod fault;

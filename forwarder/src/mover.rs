@@ -32,6 +32,7 @@ use nix::{
 pub use local::run_local;
 
 use crate::{
+    alarm::Alarms,
     exchange::{Armed, Deal, Substitution, discard, facts_while_frozen, look},
     fault::{self, Point},
     freeze::Frozen,
@@ -441,8 +442,9 @@ impl Running<'_> {
         };
         let deadline = Instant::now() + patience;
         let facts = loop {
+            let alarms = Alarms::look(&self.inspector, tgids);
             self.times.began = Some(Instant::now());
-            let frozen = Frozen::freeze(tgids, Instant::now() + self.mover.budget);
+            let frozen = Frozen::freeze(tgids, &alarms, Instant::now() + self.mover.budget);
             self.times.thawed = Some(Instant::now());
             let frozen = frozen?;
             self.times.frozen = Some(Instant::now());

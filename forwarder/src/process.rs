@@ -84,6 +84,12 @@ pub fn state(tgid: Tgid, tid: Tid) -> io::Result<Option<char>> {
     Ok(stat.rsplit_once(')').and_then(|(_, rest)| rest.trim_start().chars().next()))
 }
 
+/// How often a thread has waited in the kernel.
+pub fn voluntary_switches(tgid: Tgid, tid: Tid) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{}/task/{}/status", tgid.0, tid.0)).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"))?.trim().parse().ok()
+}
+
 /// Does a seccomp filter, or the strict mode, stand between the thread and its system calls? If it cannot be read, yes.
 pub fn is_filtered(tgid: Tgid, tid: Tid) -> bool {
     let status =

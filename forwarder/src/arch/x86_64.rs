@@ -13,14 +13,15 @@
 //!   registers from before the gate until the block is over, but runs them only if its tracer dies in between: it then
 //!   waits until the block says that it is over, and restores itself in the same way.
 //! * **resume**: finishes a `write` or `read` that the freeze cut short: calls again for the rest and returns the
-//!   sum. Its few values lie in a frame below the red zone of the thread's own stack.
+//!   sum. And calls again, with the time that was left, what ends after a time; where the time belongs to the socket,
+//!   `ppoll` waits for it. Its few values lie in a frame below the red zone of the thread's own stack.
 //!
 //! # Stopped threads
 //! A thread stopped by PTRACE_INTERRUPT stands inside the kernel's `get_signal`. When it goes on, the kernel itself
 //! repeats a system call that ended in -ERESTART*, with all the rules about handlers and SA_RESTART. So threads that
 //! we do not touch need nothing. See `arch_do_signal_or_restart` in arch/x86/kernel/signal.c.
 
-use std::arch::global_asm;
+use std::{arch::global_asm, time::Duration};
 
 pub type Regs = libc::user_regs_struct;
 
@@ -141,7 +142,7 @@ global_asm!(
     .balign 16
     .globl ebpf_router_foothold_start
 ebpf_router_foothold_start:
-    .ascii "ebpfrtr2"                         // FOOTHOLD_MAGIC
+    .ascii "ebpfrtr3"                         // FOOTHOLD_MAGIC
 foothold_scratch:        .quad 0
 foothold_shelter:        .quad 0, 0           // address and length
     thread_state foothold
@@ -221,9 +222,11 @@ ebpf_router_foothold_resume:
 ebpf_router_foothold_resumed:
     test rax, rax
     jns 8f
+    cmp qword ptr [rsp + 0], 0
+    je 9f
     xor eax, eax                              // what had been moved before is the result; the error comes again
 8:  add rax, [rsp + 0]
-    mov rsi, [rsp + 8]
+9:  mov rsi, [rsp + 8]
     mov rdx, [rsp + 16]
     mov r10, [rsp + 24]
     mov rcx, [rsp + 32]
@@ -231,6 +234,18 @@ ebpf_router_foothold_resumed:
     popfq
     mov rsp, [rsp + 40]
     jmp rcx
+    syscall                                   // ppoll
+    .globl ebpf_router_foothold_polled
+ebpf_router_foothold_polled:
+    mov rdi, [rsp + 48]
+    cmp rax, {eintr}
+    je 9b
+    test rax, rax
+    mov rax, {eagain}
+    jz 9b
+    mov rax, [rsp + 56]                       // ready, or it cannot be told: the thread's own call, where it made it
+    sub qword ptr [rsp + 32], 2
+    jmp 9b
     .globl ebpf_router_foothold_end
 ebpf_router_foothold_end:
 
@@ -257,6 +272,8 @@ ebpf_router_hold_end:
     "#,
     scratch_len = const SCRATCH_LEN,
     calls = const scratch::CALLS,
+    eintr = const -libc::EINTR,
+    eagain = const -libc::EAGAIN,
 );
 
 unsafe extern "C" {
@@ -265,6 +282,7 @@ unsafe extern "C" {
     static ebpf_router_foothold_waited: u8;
     static ebpf_router_foothold_resume: u8;
     static ebpf_router_foothold_resumed: u8;
+    static ebpf_router_foothold_polled: u8;
     static ebpf_router_foothold_end: u8;
     static ebpf_router_hold_start: u8;
     static ebpf_router_hold_wait: u8;
@@ -272,7 +290,7 @@ unsafe extern "C" {
 }
 
 /// First bytes of a foothold: code of another layout must have another one.
-pub const FOOTHOLD_MAGIC: [u8; 8] = *b"ebpfrtr2";
+pub const FOOTHOLD_MAGIC: [u8; 8] = *b"ebpfrtr3";
 
 fn offset_of_symbol(symbol: *const u8) -> u64 {
     symbol as u64 - &raw const ebpf_router_foothold_start as u64
@@ -294,6 +312,10 @@ pub fn resume_offset() -> u64 {
 
 pub fn resumed_offset() -> u64 {
     offset_of_symbol(&raw const ebpf_router_foothold_resumed)
+}
+
+fn polled_offset() -> u64 {
+    offset_of_symbol(&raw const ebpf_router_foothold_polled)
 }
 
 pub fn foothold_len() -> usize {
@@ -474,7 +496,7 @@ impl Vector {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Argument {
+pub enum Argument {
     Rsi,
     Rdx,
     R10,
@@ -501,6 +523,13 @@ pub enum Interrupted {
     Transfer(Partial),
     /// The same, in a call whose bytes are in several places: see [`Vector`].
     Vector(Vector),
+}
+
+/// Was the thread stopped again right after the kernel had gone back to its call (see [`after_restart`]), and before it
+/// has made it? What looks like the result is the call's number then. `next`: the bytes at its instruction pointer.
+pub fn is_rewound(regs: &Regs, next: impl FnOnce(u64) -> Option<[u8; 2]>) -> bool {
+    const SYSCALL: [u8; 2] = [0x0f, 0x05];
+    in_syscall(regs) && regs.rax == regs.orig_rax && next(regs.rip) == Some(SYSCALL)
 }
 
 pub fn interrupted(regs: &Regs) -> Interrupted {
@@ -542,9 +571,62 @@ pub fn interrupted(regs: &Regs) -> Interrupted {
     }
 }
 
-/// Bytes of a frame of the resume code, and how far below the stack pointer it may begin: after the red zone.
-pub const RESUME_FRAME_LEN: usize = 48;
+/// A call that ends after a time, and would wait for all of it again when it is repeated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Timed {
+    /// In milliseconds.
+    Milliseconds(Argument),
+    /// In a `struct timespec` that this argument points to.
+    Time(Argument),
+    /// The time-out for receiving of the socket that is its first argument.
+    Receive,
+    /// The resume code waits, instead of a call of the kind before.
+    InResume,
+}
+
+/// The call that a stop has ended. `in_resume`: it is the resume code's.
+pub fn timed(regs: &Regs, in_resume: bool) -> Option<Timed> {
+    const EINTR: i64 = libc::EINTR as i64;
+    if !in_syscall(regs) || !matches!(-(regs.rax as i64), EINTR | ERESTARTNOHAND) {
+        return None;
+    }
+    match regs.orig_rax as libc::c_long {
+        libc::SYS_epoll_wait | libc::SYS_epoll_pwait => {
+            (regs.r10 as i32 > 0).then_some(Timed::Milliseconds(Argument::R10))
+        }
+        libc::SYS_epoll_pwait2 | libc::SYS_semtimedop => {
+            (regs.r10 != 0).then_some(Timed::Time(Argument::R10))
+        }
+        libc::SYS_rt_sigtimedwait => (regs.rdx != 0).then_some(Timed::Time(Argument::Rdx)),
+        libc::SYS_read
+        | libc::SYS_readv
+        | libc::SYS_recvfrom
+        | libc::SYS_recvmsg
+        | libc::SYS_accept
+        | libc::SYS_accept4 => Some(Timed::Receive),
+        libc::SYS_ppoll => in_resume.then_some(Timed::InResume),
+        _ => None,
+    }
+}
+
+/// The first argument of a call, if that is a descriptor.
+pub fn descriptor(regs: &Regs) -> i32 {
+    regs.rdi as i32
+}
+
+/// A frame of the resume code, and how far below the stack pointer it may begin: after the red zone. In words: bytes
+/// moved before; rsi, rdx, r10, rip, rsp, rdi and number of the thread's own call; alarm; `struct timespec`, two of
+/// them; `struct pollfd`.
+pub const RESUME_FRAME_LEN: usize = 96;
+const FRAME_ALARM: usize = 64;
+const FRAME_TIME: usize = 72;
+const FRAME_POLL: usize = 88;
 const RED_ZONE: u64 = 128;
+
+/// When the call must end that goes on with this frame: what [`resume_until`] was given.
+pub fn alarm_of(frame: &[u8; RESUME_FRAME_LEN]) -> Option<u64> {
+    frame[FRAME_ALARM..].first_chunk().copied().map(u64::from_le_bytes).filter(|alarm| *alarm != 0)
+}
 
 /// Repeat an interrupted call (see [`Interrupted::Call`]).
 pub fn repeat_call(regs: &Regs) -> Regs {
@@ -614,8 +696,11 @@ fn frame_of(regs: &Regs, moved: u64, frame: Option<[u8; RESUME_FRAME_LEN]>, more
         }
         None => {
             let frame_at = (regs.rsp - RED_ZONE - (RESUME_FRAME_LEN + more) as u64) & !15;
-            let words = [moved, regs.rsi, regs.rdx, regs.r10, regs.rip, regs.rsp];
-            (frame_at, words.iter().flat_map(|word| word.to_le_bytes()).collect())
+            let (rip, rsp, number) = (regs.rip, regs.rsp, regs.orig_rax);
+            let words = [moved, regs.rsi, regs.rdx, regs.r10, rip, rsp, regs.rdi, number];
+            let mut bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+            bytes.resize(RESUME_FRAME_LEN, 0);
+            (frame_at, bytes)
         }
     }
 }
@@ -643,6 +728,39 @@ pub fn resume(
         *pointer.of(&mut regs) += partial.moved;
     }
     enter_resume(regs, frame_at, bytes, foothold)
+}
+
+/// Let the thread wait on in the resume code for the time that is left of its call. `alarm` stays in the frame, for the
+/// next time that the thread is stopped.
+pub fn resume_until(
+    regs: &Regs,
+    timed: Timed,
+    alarm: u64,
+    left: Duration,
+    foothold: u64,
+    frame: Option<[u8; RESUME_FRAME_LEN]>,
+) -> Resume {
+    let (frame_at, mut bytes) = frame_of(regs, 0, frame, 0);
+    let mut regs = *regs;
+    let mut put = |at: usize, word: u64| bytes[at..at + 8].copy_from_slice(&word.to_le_bytes());
+    put(FRAME_ALARM, alarm);
+    put(FRAME_TIME, left.as_secs());
+    put(FRAME_TIME + 8, u64::from(left.subsec_nanos()));
+    let mut position = resumed_offset();
+    match timed {
+        Timed::Milliseconds(argument) => *argument.of(&mut regs) = left.as_nanos().div_ceil(1_000_000) as u64,
+        Timed::Time(argument) => *argument.of(&mut regs) = frame_at + FRAME_TIME as u64,
+        Timed::Receive => {
+            put(FRAME_POLL, u64::from(regs.rdi as u32) | (libc::POLLIN as u64) << 32);
+            regs.orig_rax = libc::SYS_ppoll as u64;
+            (regs.rdi, regs.rsi) = (frame_at + FRAME_POLL as u64, 1);
+            (regs.rdx, regs.r10) = (frame_at + FRAME_TIME as u64, 0);
+            position = polled_offset();
+        }
+        Timed::InResume => position = polled_offset(),
+    }
+    let resume = enter_resume(regs, frame_at, bytes, foothold);
+    Resume { regs: continue_at(&resume.regs, foothold + position), ..resume }
 }
 
 /// Start the block of the foothold at `foothold`.
@@ -724,6 +842,50 @@ mod tests {
         assert_eq!((second.regs.rsi, second.regs.rdx), (0x5000 + 1500, 2500));
         assert_eq!(second.frame[..8], 1500u64.to_le_bytes());
         assert_eq!(second.frame[8..], first.frame[8..]);
+    }
+
+    #[test]
+    fn an_epoll_wait_goes_on_with_the_time_that_is_left() {
+        let mut regs = regs_in(libc::SYS_epoll_wait, -4);
+        regs.r10 = 2000;
+        let wait = |regs: &Regs, left, frame: Option<&Resume>| {
+            let frame = frame.and_then(|resume| resume.frame.first_chunk().copied());
+            let timed = timed(regs, frame.is_some()).unwrap();
+            resume_until(regs, timed, 77, Duration::from_micros(left), 0x10_0000, frame)
+        };
+        let first = wait(&regs, 1_200_100, None);
+        assert_eq!(first.regs.r10, 1201);
+        assert_eq!(first.frame.first_chunk().and_then(alarm_of), Some(77));
+        let second = wait(&first.regs, 300_000, Some(&first));
+        assert_eq!((second.regs.r10, second.frame_at), (300, first.frame_at));
+        assert_eq!(second.frame[8..64], first.frame[8..64]);
+    }
+
+    #[test]
+    fn a_recv_with_a_time_out_waits_in_ppoll() {
+        let mut regs = regs_in(libc::SYS_recvfrom, -4);
+        regs.rdi = 7;
+        let first = resume_until(&regs, Timed::Receive, 77, Duration::from_millis(1500), 0x10_0000, None);
+        assert_eq!(first.regs.orig_rax, libc::SYS_ppoll as u64);
+        assert_eq!(first.frame[FRAME_POLL..], [7, 0, 0, 0, libc::POLLIN as u8, 0, 0, 0]);
+        assert_eq!(timed(&first.regs, true), Some(Timed::InResume));
+        assert_eq!(timed(&first.regs, false), None);
+    }
+
+    #[test]
+    fn a_call_without_time_out_is_not_timed() {
+        let mut regs = regs_in(libc::SYS_epoll_wait, -4);
+        regs.r10 = u64::from(u32::MAX);
+        assert_eq!(timed(&regs, false), None);
+        assert_eq!(timed(&regs_in(libc::SYS_semtimedop, -4), false), None);
+    }
+
+    #[test]
+    fn a_write_that_is_about_to_be_repeated_has_moved_nothing() {
+        let rewound = after_restart(&regs_in(libc::SYS_write, -512));
+        assert!(is_rewound(&rewound, |at| (at == 0x1000).then_some([0x0f, 0x05])));
+        let moved_a_byte = regs_in(libc::SYS_write, 1);
+        assert!(!is_rewound(&moved_a_byte, |_| Some([0x48, 0x3d])));
     }
 
     #[test]

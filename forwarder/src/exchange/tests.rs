@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::*;
-use crate::inspect::Programs;
+use crate::{alarm::Alarms, inspect::Programs};
 
 struct Echo {
     child: Child,
@@ -74,7 +74,7 @@ impl Echo {
     }
 
     fn freeze(&self) -> Frozen {
-        Frozen::freeze(&self.holders.tgids, soon()).unwrap()
+        Frozen::freeze(&self.holders.tgids, &Alarms::default(), soon()).unwrap()
     }
 }
 

@@ -10,9 +10,10 @@ use forwarder_api::{Direction, MAX_UNREAD_BYTES, Moved, Outcome, Refusal};
 
 use super::{Finished, Running, SETTLE_POLL, Times, aborted, socket_inode};
 use crate::{
+    alarm::Alarms,
     exchange::{self, Armed, Deal, discard, facts_while_frozen},
     freeze::Frozen,
-    inspect::SocketFacts,
+    inspect::{Inspector, SocketFacts},
     options::ReceiveRoom,
     site::{Parked, Prepared, PreparedEnd, Site, report, tgids_of},
     transaction::{Look, Relation, relation},
@@ -76,27 +77,34 @@ pub fn run_local(site: &Site, mut prepared: Prepared, new: Vec<OwnedFd>, budget:
 
 impl Local<'_> {
     fn run(&mut self) -> Result<(), Refusal> {
+        let inspector = self.site.programs.inspector().map_err(report)?;
         let tgids = tgids_of(self.ends);
         let _room = self.site.rooms.promise(tgids.len())?;
+        let alarms = Alarms::look(&inspector, &tgids);
         let deadline = Instant::now() + self.budget;
         self.times.began = Some(Instant::now());
-        let frozen = Frozen::freeze(&tgids, deadline);
+        let frozen = Frozen::freeze(&tgids, &alarms, deadline);
         self.times.thawed = Some(Instant::now());
         let mut frozen = frozen?;
         self.times.frozen = Some(Instant::now());
         self.threads = frozen.threads() as u32;
-        let result = self.exchange(&mut frozen, deadline);
+        let result = self.exchange(&mut frozen, &inspector, deadline);
         self.times.thawed = Some(frozen.thaw());
         result
     }
 
-    fn exchange(&mut self, frozen: &mut Frozen, deadline: Instant) -> Result<(), Refusal> {
+    fn exchange(
+        &mut self,
+        frozen: &mut Frozen,
+        inspector: &Inspector,
+        deadline: Instant,
+    ) -> Result<(), Refusal> {
         let [first, second] = self.ends;
         let _rooms = [
             ReceiveRoom::make(first.old.as_fd(), MAX_UNREAD_BYTES)?,
             ReceiveRoom::make(second.old.as_fd(), MAX_UNREAD_BYTES)?,
         ];
-        let (facts, looks) = self.settle(frozen, deadline)?;
+        let (facts, looks) = self.settle(frozen, inspector, deadline)?;
         self.times.settled = Some(Instant::now());
         let unread_of = |index: usize| match &looks[index].unread {
             Some(bytes) => Ok(bytes.clone()),
@@ -116,13 +124,17 @@ impl Local<'_> {
     }
 
     /// Until nothing is in flight.
-    fn settle(&self, frozen: &Frozen, deadline: Instant) -> Result<([SocketFacts; 2], [Look; 2]), Refusal> {
+    fn settle(
+        &self,
+        frozen: &Frozen,
+        inspector: &Inspector,
+        deadline: Instant,
+    ) -> Result<([SocketFacts; 2], [Look; 2]), Refusal> {
         let [first, second] = self.ends;
-        let inspector = self.site.programs.inspector().map_err(report)?;
         loop {
             let facts = [
-                facts_while_frozen(first, frozen, &inspector)?,
-                facts_while_frozen(second, frozen, &inspector)?,
+                facts_while_frozen(first, frozen, inspector)?,
+                facts_while_frozen(second, frozen, inspector)?,
             ];
             let looks = [
                 exchange::look(first.old.as_fd(), &facts[0], false)?,

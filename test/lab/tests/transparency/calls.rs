@@ -18,11 +18,6 @@ pub const OPEN: &[(Row, &str)] = &[
         "refused (`unfinished_call`) while more than 64 parts are left, but the look at it ends the call early",
     ),
     (SENDMMSG, "the first message ends early"),
-    (EPOLL_WAIT_TIME, "its time-out starts anew with each move"),
-    (EPOLL_PWAIT2_TIME, "its time-out starts anew with each move"),
-    (RECV_TIME, "its time-out starts anew with each move"),
-    (SIGTIMEDWAIT, "its time-out starts anew with each move"),
-    (SEMTIMEDOP, "its time-out starts anew with each move"),
 ];
 
 const THEN_BYTES: &str = "one call waits through all moves; bytes that are sent afterwards end it";
@@ -172,7 +167,6 @@ fn pselect_ends_in_time() -> Result<()> {
 const EPOLL_WAIT_TIME: Row = CALLS.row("time-out of `epoll_wait`", TWO_SECONDS);
 
 #[test]
-#[ignore = "open: its time-out starts anew with each move"]
 fn epoll_wait_ends_in_time() -> Result<()> {
     EPOLL_WAIT_TIME.kept(Case::while_it_lasts("epoll-wait-time"))
 }
@@ -180,7 +174,6 @@ fn epoll_wait_ends_in_time() -> Result<()> {
 const EPOLL_PWAIT2_TIME: Row = CALLS.row("time-out of `epoll_pwait2`", TWO_SECONDS);
 
 #[test]
-#[ignore = "open: its time-out starts anew with each move"]
 fn epoll_pwait2_ends_in_time() -> Result<()> {
     EPOLL_PWAIT2_TIME.kept(Case::while_it_lasts("epoll-pwait2-time"))
 }
@@ -188,7 +181,6 @@ fn epoll_pwait2_ends_in_time() -> Result<()> {
 const RECV_TIME: Row = CALLS.row("`recv` with SO_RCVTIMEO", TWO_SECONDS);
 
 #[test]
-#[ignore = "open: its time-out starts anew with each move"]
 fn recv_with_so_rcvtimeo_ends_in_time() -> Result<()> {
     RECV_TIME.kept(Case::while_it_lasts("recv-time"))
 }
@@ -213,7 +205,6 @@ fn futex_ends_in_time() -> Result<()> {
 const SIGTIMEDWAIT: Row = CALLS.row("`sigtimedwait`", TWO_SECONDS);
 
 #[test]
-#[ignore = "open: its time-out starts anew with each move"]
 fn sigtimedwait_ends_in_time() -> Result<()> {
     SIGTIMEDWAIT.kept(Case::while_it_lasts("sigtimedwait"))
 }
@@ -221,7 +212,6 @@ fn sigtimedwait_ends_in_time() -> Result<()> {
 const SEMTIMEDOP: Row = CALLS.row("`semtimedop`", TWO_SECONDS);
 
 #[test]
-#[ignore = "open: its time-out starts anew with each move"]
 fn semtimedop_ends_in_time() -> Result<()> {
     SEMTIMEDOP.kept(Case::while_it_lasts("semtimedop"))
 }
