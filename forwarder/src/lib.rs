@@ -93,7 +93,6 @@ fn run(arguments: &Arguments) -> Result<()> {
     heap::return_large_buffers();
     env_logger::Builder::new().filter_level(arguments.log_level).init();
     probe()?;
-    outlive_others();
     room::raise_limit().context("raising RLIMIT_NOFILE")?;
     // Before the first thread, so that all inherit it: a stop must not come while a process is frozen.
     let mut stop = SigSet::empty();
@@ -104,6 +103,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     let site = site::Site::new(programs).context("no epoll set")?;
     site.end_repairs()?;
     let listener = listen(&arguments.socket)?;
+    outlive_others();
     log::info!("listening on {}", arguments.socket.display());
     let serving = Arc::clone(&site);
     std::thread::Builder::new().name("serve".into()).spawn(move || {
