@@ -125,7 +125,7 @@ pub fn mpirun((here, from): (&Place, IpAddr), (there, to): (&Place, IpAddr), ran
     std::fs::set_permissions(&agent, std::fs::Permissions::from_mode(0o755))?;
     Ok(format!(
         "env TMPDIR={} mpirun --allow-run-as-root --bind-to none -np {} -H {from}:{ranks},{to}:{ranks} \
-         --mca plm_rsh_agent {} --mca btl tcp,self,vader --mca btl_tcp_if_include eth0 \
+         --mca plm_rsh_agent {} --mca btl tcp,self --mca btl_tcp_if_include eth0 \
          --mca btl_tcp_port_min_v4 {MPI_PORT} --mca oob_tcp_if_include eth0 --mca mpi_yield_when_idle 1",
         here.directory.display(),
         2 * ranks,

@@ -64,7 +64,8 @@ fn legend(svg: &mut Svg, y: f64, ways: &[Way]) {
     for way in ways {
         svg.rect((x, y - 11.0), (13.0, 13.0), colour(*way));
         svg.text((x + 19.0, y), PLAIN, words(*way));
-        x += 205.0;
+        // About the width of the words.
+        x += 44.0 + words(*way).len() as f64 * 6.6;
     }
     svg.line((x, y - 5.0), (x + 24.0, y - 5.0), RANGE, 1.5);
     svg.text((x + 30.0, y), PLAIN, "lowest to highest round; bars are medians");

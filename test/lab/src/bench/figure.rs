@@ -120,11 +120,19 @@ impl Row {
 /// Three digits that count.
 pub fn digits(value: f64) -> String {
     match value.abs() {
+        size if size >= 1000.0 => thousands(value),
         size if size >= 100.0 || size == 0.0 => format!("{value:.0}"),
         size if size >= 10.0 => format!("{value:.1}"),
         size if size >= 1.0 => format!("{value:.2}"),
         _ => format!("{value:.3}"),
     }
+}
+
+fn thousands(value: f64) -> String {
+    let whole = format!("{value:.0}");
+    let groups: Vec<&str> =
+        whole.as_bytes().rchunks(3).rev().filter_map(|group| std::str::from_utf8(group).ok()).collect();
+    groups.join(",")
 }
 
 #[cfg(test)]
@@ -149,6 +157,12 @@ mod tests {
         assert_eq!(met(row(&DELAY, &[101.0], &[100.0])), Some(true));
         assert_eq!(met(row(&DELAY, &[103.0], &[100.0])), Some(false));
         assert_eq!(met(row(&RATE, &[99.0], &[])), None);
+    }
+
+    #[test]
+    fn figures_are_short() {
+        assert_eq!([0.12345, 1.2345, 12.345, 123.45].map(digits), ["0.123", "1.23", "12.3", "123"]);
+        assert_eq!([1234.5, 1_234_567.0].map(digits), ["1,234", "1,234,567"]);
     }
 
     #[test]

@@ -75,15 +75,6 @@ pub fn what_routers_did(report: &Report) -> String {
 }
 
 fn line(first: &str, cells: &[String]) -> String {
-    let cells: Vec<String> = cells
-        .iter()
-        .map(|cell| {
-            if cell.contains(' ') && !cell.starts_with("of ") {
-                format!("  {cell}")
-            } else {
-                format!("{cell:>11}")
-            }
-        })
-        .collect();
-    format!("{first:<52}{}", cells.concat()).trim_end().to_owned()
+    let cells: Vec<String> = cells.iter().map(|cell| format!("  {cell:>10}")).collect();
+    format!("{first:<64}{}", cells.concat())
 }
