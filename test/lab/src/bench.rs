@@ -74,11 +74,13 @@ pub enum Rules {
 
 const ALL_PODS: Rules = Rules::File("rules/all-pods.yaml");
 
+type Runner = dyn Fn(&Run<'_>) -> Result<Vec<Figure>>;
+
 /// What is run once in each round and each way, one way right after the other.
 pub struct Part {
     pub name: &'static str,
     pub ways: &'static [Way],
-    pub run: Box<dyn Fn(&Run<'_>) -> Result<Vec<Figure>>>,
+    run: Box<Runner>,
     own_routers: bool,
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! PostgreSQL and pgbench, 8 connections.
 
-use std::{path::Path, path::PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result};
 use lab::{
@@ -39,7 +39,7 @@ fn parts(setting: &Setting) -> Result<Vec<Part>> {
 }
 
 /// pgbench's tables.
-fn fill(setting: &Setting, data: &PathBuf) -> Result<()> {
+fn fill(setting: &Setting, data: &Path) -> Result<()> {
     let (place, address) = (setting.lab.h1.place(), setting.lab.h1.address.into());
     let mut server = place.serve("postgres", &mut command(&postgres(data, address)?), POSTGRES_PORT)?;
     server.wait_until_it_says("ready to accept", DEADLINE)?;
