@@ -1,14 +1,14 @@
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
 # Installs what building and testing need on Debian 12 or later, and mounts what tracing needs. Safe to repeat.
-# `./init.sh programs` installs the servers and clients of test/lab/tests/programs.rs too.
+# `./init.sh programs` installs the servers and clients of test/lab/tests/programs.rs and of the benchmarks too.
 set -euo pipefail
 
 packages=(
     clang llvm libelf-dev zlib1g-dev pkg-config gcc libc6-dev make # the programs and their BPF
     bpftool                                                      # vmlinux.h, and looking at what was loaded
     iproute2 procps util-linux nftables                          # the lab
-    iperf3 sockperf                                              # the benchmark
+    iperf3 sockperf                                              # throughput and latency
     nftables musl-tools gcc-multilib                             # the matrix: NAT, and programs of other kinds
     qemu-system-x86 busybox-static cpio jq                       # the second kernel
 )

@@ -1,177 +1,256 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The benchmark: iperf3 and sockperf over the overlay, with the router, and on the host network, interleaved in one
-//! run; then a connection that is older than the routers.
+//! The benchmarks. Each key is a module that says what to run and how to read what it prints; here it is run over the
+//! overlay, with the router and on the host network, interleaved. Table, JSON, chart and page are the same for all.
 
 mod chart;
+mod figure;
+mod json;
+mod machine;
+mod page;
+mod setting;
+mod svg;
+mod table;
+
+mod cost;
+mod iperf3;
 mod latency;
 mod live;
+mod memcached;
+mod mpi;
 mod pauses;
-mod report;
-mod throughput;
+mod postgres;
+mod rate;
+mod redis;
+mod scale;
 
-use std::{
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
-use lab::{Family, Lab, Pod, RouterOptions, measure::RunningIperf3};
+use anyhow::{Context, Result, bail};
+
+use figure::{Figure, Quantity, Row};
+use live::Live;
+use machine::Machine;
+use setting::{Run, Setting, Tally, Way};
 
 #[derive(clap::Args)]
 pub struct Options {
-    /// Only run iperf3 over the overlay, with no router, and show what it prints.
+    /// What to measure: a key of test/BENCHMARKS.md, or `all`.
+    key: String,
+    /// Only run the programs over the overlay, with no router, and show what they print.
     #[arg(long)]
     without_router: bool,
-    /// Where iperf3.json, iperf3.svg and iperf3.log go.
+    /// Where KEY.json, KEY.svg, KEY.log and report.html go.
     #[arg(long, default_value = "test/results", value_name = "DIRECTORY")]
     results: PathBuf,
-    /// Rules for the routers.
-    #[arg(long, default_value = "rules/iperf3.yaml", value_name = "FILE")]
-    rules: PathBuf,
-    /// Seconds that count in each run; two more come before.
+    /// Rules for the routers, instead of the key's own.
+    #[arg(long, value_name = "FILE")]
+    rules: Option<PathBuf>,
+    /// Seconds of each run.
     #[arg(long, default_value_t = 4)]
     seconds: u32,
-    /// Runs of each kind; medians are shown.
-    #[arg(long, default_value_t = 3)]
-    rounds: u32,
-    /// Swaps of a connection of each kind whose pauses are measured.
-    #[arg(long, default_value_t = 25)]
-    samples: u32,
+    /// Runs of each kind; medians are shown. Without it, as many as the key asks for.
+    #[arg(long)]
+    rounds: Option<u32>,
 }
 
-/// The three ways between the two programs, in the order of the tables.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Way {
-    Overlay,
-    Router,
-    Host,
+/// A benchmark.
+pub struct Key {
+    pub name: &'static str,
+    /// What it shows, for a heading.
+    pub title: &'static str,
+    pub rules: Rules,
+    pub rounds: u32,
+    /// What is run, after whatever must be prepared.
+    pub parts: fn(&Setting) -> Result<Vec<Part>>,
+    /// A connection that is older than the routers, second by second.
+    pub live: Option<fn(&Setting) -> Result<Live>>,
 }
 
-impl Way {
-    pub const ALL: [Way; 3] = [Way::Overlay, Way::Router, Way::Host];
+pub enum Rules {
+    File(&'static str),
+    /// They match no connection.
+    ForNobody,
+}
 
-    pub fn name(self) -> &'static str {
-        match self {
-            Way::Overlay => "overlay",
-            Way::Router => "router",
-            Way::Host => "host",
+const ALL_PODS: Rules = Rules::File("rules/all-pods.yaml");
+
+type Runner = dyn Fn(&Run<'_>) -> Result<Vec<Figure>>;
+
+/// What is run once in each round and each way, one way right after the other.
+pub struct Part {
+    pub name: &'static str,
+    pub ways: &'static [Way],
+    run: Box<Runner>,
+    own_routers: bool,
+}
+
+impl Part {
+    pub fn new(name: &'static str, run: impl Fn(&Run<'_>) -> Result<Vec<Figure>> + 'static) -> Part {
+        Part { name, ways: &Way::ALL, run: Box::new(run), own_routers: false }
+    }
+
+    pub fn by(mut self, ways: &'static [Way]) -> Part {
+        self.ways = ways;
+        self
+    }
+
+    /// It starts and stops the routers by itself.
+    pub fn with_own_routers(mut self) -> Part {
+        self.own_routers = true;
+        self
+    }
+
+    /// With routers only where they belong.
+    fn once(&self, setting: &Setting, way: Way, seconds: u32) -> Result<Vec<Figure>> {
+        let with_routers = way == Way::Router && !self.own_routers;
+        if with_routers {
+            setting.start_routers()?;
         }
+        let figures = (self.run)(&setting.run(way, seconds))?;
+        if with_routers {
+            setting.stop_routers()?;
+        }
+        Ok(figures)
     }
 }
 
-/// The labels that rules/iperf3.yaml asks for.
-const LABELS: &str = "
-containers:
-  - { cgroup: podclient/client, pod: client, container: client, podLabels: { app: iperf3 } }
-  - { cgroup: podserver/server, pod: server, container: server, podLabels: { app: iperf3 } }
-";
+static KEYS: [&Key; 11] = [
+    &iperf3::KEY,
+    &latency::KEY,
+    &rate::KEY,
+    &memcached::KEY,
+    &redis::KEY,
+    &postgres::KEY,
+    &mpi::LATENCY,
+    &mpi::BANDWIDTH,
+    &mpi::ALL_TO_ALL,
+    &scale::KEY,
+    &cost::KEY,
+];
 
-/// A lab with a pod on each host and forwarders, the routers off.
-pub struct Setting {
-    pub lab: Lab,
-    pub client: Pod,
-    pub server: Pod,
-    pub routers: RouterOptions,
+/// All that a key gave.
+pub struct Report {
+    pub key: &'static Key,
+    pub machine: Machine,
+    pub seconds: u32,
+    pub rounds: u32,
+    pub rows: Vec<Row>,
+    pub tally: Tally,
+    pub live: Option<Live>,
 }
 
-impl Setting {
-    fn new(rules: &Path) -> Result<Setting> {
-        let rules = rules.canonicalize().with_context(|| format!("the rules {}", rules.display()))?;
-        let lab = Lab::new("bench")?;
-        let (client, server) = (lab.h1.pod("client")?, lab.h2.pod("server")?);
-        for host in lab.hosts() {
-            host.start_forwarder()?;
-        }
-        let labels = lab.directory().join("labels.yaml");
-        std::fs::write(&labels, LABELS)?;
-        let routers = RouterOptions::with_rules(&rules).with("ROUTER_LABELS", &labels.to_string_lossy());
-        Ok(Setting { lab, client, server, routers })
-    }
-
-    /// Runs `what` between client and server this way, with routers only where they belong.
-    fn by<T>(&self, way: Way, what: impl FnOnce(&Run<'_>) -> Result<T>) -> Result<T> {
-        let (client, server, address) = match way {
-            Way::Overlay | Way::Router => {
-                (self.client.place(), self.server.place(), self.server.address(Family::V4, 0).ip())
+impl Report {
+    /// The rows of each quantity.
+    pub fn by_quantity(&self) -> Vec<(&'static Quantity, Vec<&Row>)> {
+        let mut groups: Vec<(&'static Quantity, Vec<&Row>)> = Vec::new();
+        for row in &self.rows {
+            match groups.iter_mut().find(|(quantity, _)| *quantity == row.quantity) {
+                Some((_, rows)) => rows.push(row),
+                None => groups.push((row.quantity, vec![row])),
             }
-            Way::Host => (self.lab.h1.place(), self.lab.h2.place(), self.lab.h2.address.into()),
-        };
-        if way == Way::Router {
-            self.lab.start_routers(&self.routers)?;
         }
-        let result = what(&Run { setting: self, way, client, server, address });
-        if way == Way::Router {
-            self.lab.stop_routers()?;
-        }
-        result
-    }
-}
-
-/// One run of two programs.
-pub struct Run<'a> {
-    pub setting: &'a Setting,
-    pub way: Way,
-    pub client: &'a lab::Place,
-    pub server: &'a lab::Place,
-    pub address: std::net::IpAddr,
-}
-
-impl Run<'_> {
-    /// Pauses of the connections of this port that are on the host network at the client's host.
-    fn pauses_us(&self, port: u16) -> Result<Vec<f64>> {
-        let flows = self.setting.lab.h1.flows()?;
-        let swapped = flows.iter().filter(|flow| flow.has_port(port) && flow.on_host());
-        Ok(swapped.map(|flow| flow.pause_us.unwrap_or(0) as f64).collect())
+        groups
     }
 
-    /// Looks until so many connections of this port are swapped, at most for `limit`.
-    fn watch_swaps(&self, port: u16, wanted: usize, limit: Duration) -> Result<Vec<f64>> {
-        if self.way != Way::Router {
-            return Ok(Vec::new());
-        }
-        let mut last = Vec::new();
-        let _ = lab::wait_for("swaps", limit, || {
-            last = self.pauses_us(port)?;
-            Ok((last.len() >= wanted).then_some(()))
-        });
-        Ok(last)
+    /// The ways that anything was measured by.
+    pub fn ways(&self) -> Vec<Way> {
+        let measured = |way: &Way| self.rows.iter().any(|row| !row.values(*way).is_empty());
+        Way::ALL.into_iter().filter(measured).collect()
     }
 }
 
 pub fn run(options: &Options) -> Result<()> {
     std::fs::create_dir_all(&options.results)
         .with_context(|| format!("making {}", options.results.display()))?;
-    if options.without_router {
-        return without_router(&options.results);
+    let keys: Vec<&Key> = KEYS.into_iter().filter(|key| ["all", key.name].contains(&&*options.key)).collect();
+    match keys[..] {
+        [] => bail!("{}: expected all, {}", options.key, KEYS.map(|key| key.name).join(", ")),
+        _ if options.without_router => keys.into_iter().try_for_each(|key| show(key, options)),
+        [key] => measure(key, options).map(drop),
+        _ => all(options),
     }
-    let setting = Setting::new(&options.rules)?;
-    let throughput = throughput::measure(&setting, options.rounds, options.seconds)?;
-    let latency = latency::measure(&setting, options.rounds)?;
-    let pauses = pauses::measure(&setting, options.samples)?;
-    let live = live::measure(&setting, &options.results.join("iperf3.log"))?;
-    let report = report::Report { throughput, latency, pauses, live };
+}
 
-    println!("\n{}", report.table());
-    let json = options.results.join("iperf3.json");
-    std::fs::write(&json, format!("{:#}\n", report.json(options.rounds, options.seconds)))?;
-    let svg = options.results.join("iperf3.svg");
-    std::fs::write(&svg, chart::draw(&report))?;
-    println!("written: {}, {}", json.display(), svg.display());
-    setting.lab.stop_forwarders()?;
-    ensure!(report.swaps() > 0, "no connection was swapped");
-    ensure!(
-        report.live.swapped_at_s.is_some(),
-        "the connection that was older than the routers was not swapped"
-    );
+/// Every key, and a page with all of them. A key that fails does not keep the others from being measured.
+fn all(options: &Options) -> Result<()> {
+    let (mut reports, mut failures) = (Vec::new(), Vec::new());
+    let path = options.results.join("report.html");
+    for key in KEYS {
+        match measure(key, options) {
+            Ok(report) => reports.push(report),
+            Err(error) => {
+                eprintln!("error: {}: {error:#}", key.name);
+                failures.push((key, format!("{error:#}")));
+            }
+        }
+        // Each time, so that a run that is broken off leaves what it has.
+        std::fs::write(&path, page::write(&reports, &failures))?;
+    }
+    println!("written: {}", path.display());
+    if !failures.is_empty() {
+        bail!("failed: {}", failures.iter().map(|(key, _)| key.name).collect::<Vec<_>>().join(", "));
+    }
     Ok(())
 }
 
-fn without_router(results: &Path) -> Result<()> {
-    let lab = Lab::new("plain")?;
-    let (client, server) = (lab.h1.pod("client")?, lab.h2.pod("server")?);
-    let running = RunningIperf3::start(client.place(), server.place(), server.v4.into(), &["-t", "10"])?;
-    let log = running.finish_text()?;
-    std::fs::write(results.join("iperf3.log"), &log)?;
-    print!("{log}");
+fn measure(key: &'static Key, options: &Options) -> Result<Report> {
+    let file = |suffix: &str| options.results.join(format!("{}.{suffix}", key.name));
+    let setting = Setting::new(key, options.rules.as_deref(), &file("log"), false)?;
+    let rounds = options.rounds.unwrap_or(key.rounds);
+    let mut rows = Vec::new();
+    for part in (key.parts)(&setting)? {
+        for round in 1..=rounds {
+            once(&setting, key, &part, round, options.seconds, &mut rows)?;
+        }
+    }
+    let live = key.live.map(|live| live(&setting)).transpose()?;
+    setting.lab.stop_forwarders()?;
+    let (machine, tally) = (Machine::look(), setting.tally());
+    let report = Report { key, machine, seconds: options.seconds, rounds, rows, tally, live };
+
+    println!("\n{}", table::text(&report));
+    std::fs::write(file("json"), format!("{:#}\n", json::of(&report)))?;
+    std::fs::write(file("svg"), chart::draw(&report))?;
+    println!("written: {}, {}", file("json").display(), file("svg").display());
+    report.tally.check(key)?;
+    Ok(report)
+}
+
+/// One round of a part, each way. Each round begins with another way, so that none has the first place for itself.
+fn once(
+    setting: &Setting,
+    key: &Key,
+    part: &Part,
+    round: u32,
+    seconds: u32,
+    rows: &mut Vec<Row>,
+) -> Result<()> {
+    let first = round as usize % part.ways.len();
+    for way in part.ways[first..].iter().chain(&part.ways[..first]) {
+        let heading = format!("{} {}, round {round}, {}", key.name, part.name, way.name());
+        setting.log(&format!("== {heading}\n"))?;
+        let figures = part.once(setting, *way, seconds).context(heading.clone())?;
+        let said: Vec<String> = figures.iter().map(|figure| figure::digits(figure.value)).collect();
+        eprintln!("{heading}: {}", said.join(", "));
+        for figure in figures {
+            let place = rows.iter().position(|row| row.is_of(&figure)).unwrap_or_else(|| {
+                rows.push(Row::new(figure.quantity, &figure.case));
+                rows.len() - 1
+            });
+            rows[place].add(*way, figure.value);
+        }
+    }
     Ok(())
+}
+
+/// Runs each part once over the overlay.
+fn show(key: &'static Key, options: &Options) -> Result<()> {
+    let log: &Path = &options.results.join(format!("{}.log", key.name));
+    let setting = Setting::new(key, None, log, true)?;
+    for part in (key.parts)(&setting)? {
+        if part.ways.contains(&Way::Overlay) {
+            part.once(&setting, Way::Overlay, options.seconds).context(part.name)?;
+        }
+    }
+    setting.lab.stop_forwarders()
 }

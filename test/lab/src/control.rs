@@ -52,6 +52,9 @@ impl Flow {
 pub struct Status {
     pub mode: String,
     pub swapped: u64,
+    /// Since this router started.
+    #[serde(default)]
+    pub swaps: u64,
     #[serde(default)]
     pub refused: BTreeMap<String, u64>,
     #[serde(default)]

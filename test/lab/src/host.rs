@@ -203,7 +203,8 @@ impl Host {
 
     pub fn wait_for_router(&self) -> Result<Finished> {
         let router = self.state().router.take().context("no router is running")?;
-        router.wait(DEADLINE)
+        // It takes every connection back first.
+        router.wait(DEADLINE * 4)
     }
 
     /// SIGKILL.

@@ -30,6 +30,7 @@ mod scene;
 mod wait;
 
 pub mod measure;
+pub mod programs;
 pub mod transparency;
 pub mod workload;
 

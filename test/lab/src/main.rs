@@ -36,10 +36,7 @@ enum Command {
         command: Vec<String>,
     },
     /// Compare overlay, router and host network.
-    Bench {
-        #[command(subcommand)]
-        what: Bench,
-    },
+    Bench(bench::Options),
     /// Move many connections to and fro while everything around them is killed, restarted and changed.
     Torture(torture::Options),
     /// Write test/TRANSPARENCY.md from what the tests of that name have recorded.
@@ -60,19 +57,13 @@ enum Command {
     },
 }
 
-#[derive(Subcommand)]
-enum Bench {
-    /// iperf3 and sockperf.
-    Iperf3(bench::Options),
-}
-
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Up { without_router } => playground::up(!without_router),
         Command::Down => playground::down(),
         Command::Shell { place, command } => playground::shell(&place, &command),
         Command::Hold { name, state, with_router } => playground::hold(&name, state.as_deref(), with_router),
-        Command::Bench { what: Bench::Iperf3(options) } => bench::run(&options),
+        Command::Bench(options) => bench::run(&options),
         Command::Torture(options) => torture::run(&options),
         Command::Transparency { clear: true } => transparency::clear(),
         Command::Transparency { clear: false } => {

@@ -78,16 +78,47 @@ impl Iperf3 {
     }
 }
 
-/// The rate of each second, in the text that iperf3 prints with `-f g` and one stream.
+/// What iperf3 prints at the end of a run with `-V`.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Summary {
+    /// Received, both directions added up.
+    pub gbps: f64,
+    /// CPU time of each program, in percent of one CPU.
+    pub client_cpu_percent: f64,
+    pub server_cpu_percent: f64,
+}
+
+/// Of several streams, iperf3 prints the sum as well as each.
+pub fn iperf3_summary(text: &str) -> Result<Summary> {
+    let received: Vec<&str> = text.lines().filter(|line| line.ends_with("receiver")).collect();
+    let sums: Vec<&str> = received.iter().filter(|line| line.starts_with("[SUM]")).copied().collect();
+    let rates = if sums.is_empty() { &received } else { &sums };
+    let gbps = rates.iter().filter_map(|line| gbps(line)).sum();
+    let load = |end: &str| -> Result<f64> {
+        let line = text.lines().find(|line| line.starts_with("CPU Utilization"));
+        let percent =
+            line.and_then(|line| line.split_once(end)?.1.split_whitespace().nth(1)?.strip_suffix('%'));
+        let percent = percent.and_then(|percent| percent.parse().ok());
+        percent.with_context(|| format!("no CPU utilization for {end} in what iperf3 printed:\n{text}"))
+    };
+    Ok(Summary { gbps, client_cpu_percent: load("local/")?, server_cpu_percent: load("remote/")? })
+}
+
+/// The rate in a line of iperf3.
+fn gbps(line: &str) -> Option<f64> {
+    let words: Vec<&str> = line.split_whitespace().collect();
+    let rate = |unit: &str| -> Option<f64> {
+        let at = words.iter().position(|word| *word == unit)?;
+        words.get(at.checked_sub(1)?)?.parse().ok()
+    };
+    rate("Gbits/sec").or_else(|| Some(rate("Mbits/sec")? / 1000.0))
+}
+
+/// The rate of each second, in the text that iperf3 prints for one stream.
 pub fn gbps_each_second(text: &str) -> Vec<f64> {
     // What follows the line of dashes is the summary.
     let seconds = text.lines().take_while(|line| !line.starts_with("- - -"));
-    let rate = |line: &str| {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        let unit = words.iter().position(|word| *word == "Gbits/sec")?;
-        words.get(unit.checked_sub(1)?)?.parse().ok()
-    };
-    seconds.filter_map(rate).collect()
+    seconds.filter_map(gbps).collect()
 }
 
 /// What sockperf says about a ping-pong, one way.
@@ -96,11 +127,38 @@ pub struct PingPong {
     pub mean_us: f64,
     pub p50_us: f64,
     pub p99_us: f64,
+    pub p999_us: f64,
 }
 
 pub const SOCKPERF_PORT: u16 = 11111;
 
-/// Sockperf's TCP ping-pong of 64 bytes. `meanwhile` runs while it does.
+/// Both ends of a TCP ping-pong of sockperf, while it runs.
+pub struct RunningPingPong {
+    pub client: Process,
+    pub server: Process,
+}
+
+impl RunningPingPong {
+    pub fn start(
+        client: &Place,
+        server: &Place,
+        address: IpAddr,
+        bytes: u32,
+        time: Duration,
+    ) -> Result<RunningPingPong> {
+        let (address, port, bytes) = (address.to_string(), SOCKPERF_PORT.to_string(), bytes.to_string());
+        let mut command = Command::new("sockperf");
+        // Without the size a server ends connections whose messages are longer than it expects.
+        command.args(["server", "--tcp", "-i", &address, "-p", &port, "-m", "65507"]);
+        let server = server.serve("sockperf-server", &mut command, SOCKPERF_PORT)?;
+        let seconds = time.as_secs().to_string();
+        let mut command = Command::new("sockperf");
+        command.args(["ping-pong", "--tcp", "-i", &address, "-p", &port, "-m", &bytes, "-t", &seconds]);
+        Ok(RunningPingPong { client: client.spawn("sockperf-client", &mut command)?, server })
+    }
+}
+
+/// A ping-pong of 64 bytes. `meanwhile` runs while it does.
 pub fn ping_pong<T>(
     client: &Place,
     server: &Place,
@@ -108,22 +166,14 @@ pub fn ping_pong<T>(
     time: Duration,
     meanwhile: impl FnOnce() -> Result<T>,
 ) -> Result<(PingPong, T)> {
-    let (address, port) = (address.to_string(), SOCKPERF_PORT.to_string());
-    let _server = server.serve(
-        "sockperf-server",
-        Command::new("sockperf").args(["server", "--tcp", "-i", &address, "-p", &port]),
-        SOCKPERF_PORT,
-    )?;
-    let seconds = time.as_secs().to_string();
-    let mut command = Command::new("sockperf");
-    command.args(["ping-pong", "--tcp", "-i", &address, "-p", &port, "-m", "64", "-t", &seconds]);
-    let running = client.spawn("sockperf-client", &mut command)?;
+    let RunningPingPong { client, server: _server } =
+        RunningPingPong::start(client, server, address, 64, time)?;
     let got = meanwhile();
-    let finished = running.wait(time + DEADLINE)?.expect_success()?;
+    let finished = client.wait(time + DEADLINE)?.expect_success()?;
     Ok((parse_ping_pong(&finished.stdout)?, got?))
 }
 
-fn parse_ping_pong(output: &str) -> Result<PingPong> {
+pub fn parse_ping_pong(output: &str) -> Result<PingPong> {
     // sockperf colours its lines; the figures stand after known words.
     let after = |words: &str| {
         let rest = output.split(words).nth(1)?;
@@ -141,6 +191,7 @@ fn parse_ping_pong(output: &str) -> Result<PingPong> {
         mean_us: figure("Latency is ")?,
         p50_us: figure("percentile 50.000")?,
         p99_us: figure("percentile 99.000")?,
+        p999_us: figure("percentile 99.900")?,
     })
 }
 
@@ -184,11 +235,26 @@ mod tests {
     }
 
     #[test]
+    fn the_summary_is_found_in_what_iperf3_prints() {
+        let one = "[  5]   0.00-4.00   sec  8.07 GBytes  17328 Mbits/sec   12             sender\n\
+                   [  5]   0.00-4.00   sec  8.05 GBytes  17300 Mbits/sec                  receiver\n\
+                   CPU Utilization: local/sender 60.4% (1.4%u/59.0%s), remote/receiver 50.1% (4.0%u/46.1%s)\n";
+        let expected = Summary { gbps: 17.3, client_cpu_percent: 60.4, server_cpu_percent: 50.1 };
+        assert_eq!(iperf3_summary(one).unwrap(), expected);
+        let sum = "[SUM]   0.00-4.00   sec  16.1 GBytes  34600 Mbits/sec                  receiver\n";
+        assert_eq!(iperf3_summary(&format!("{one}{sum}")).unwrap().gbps, 34.6);
+        let reverse =
+            "[  7][RX-C]   0.00-4.00   sec  8.05 GBytes  10000 Mbits/sec                  receiver\n";
+        assert_eq!(iperf3_summary(&format!("{one}{reverse}")).unwrap().gbps, 27.3);
+    }
+
+    #[test]
     fn figures_are_found_in_what_sockperf_prints() {
         let output = "sockperf: \x1b[2;35m====> avg-latency=31.700 (std-dev=1.0)\x1b[0m\n\
                       sockperf: [Summary: Latency is 31.704 usec]\n\
+                      sockperf: ---> percentile 99.900 =   90.5\n\
                       sockperf: ---> percentile 99.000 =   44.1\nsockperf: ---> percentile 50.000 =   30.2\n";
         let got = parse_ping_pong(output).unwrap();
-        assert_eq!((got.mean_us, got.p50_us, got.p99_us), (31.704, 30.2, 44.1));
+        assert_eq!((got.mean_us, got.p50_us, got.p99_us, got.p999_us), (31.704, 30.2, 44.1, 90.5));
     }
 }

@@ -1,193 +1,160 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The report as a picture (SVG): rates of the three ways side by side, and a connection swapped while it runs.
+//! A report as a picture: for each quantity its cases, with a bar for each way.
 
-use std::fmt::Write;
+use super::{
+    Report, Way,
+    figure::{Quantity, Row, digits},
+    live::Live,
+    svg::{Anchor, Svg, Type},
+    table,
+};
 
-use lab::measure::median;
+const WIDTH: f64 = 960.0;
+const MARGIN: f64 = 24.0;
+/// Where bars begin and where the longest ends; beyond that are its value, and the ratios.
+const BARS: f64 = 230.0;
+const BARS_END: f64 = 620.0;
+const RATIOS: f64 = 700.0;
+const BAR: f64 = 15.0;
 
-use super::{Way, report::Report};
-
-const WIDTH: f64 = 920.0;
-const HEIGHT: f64 = 860.0;
-const LEFT: f64 = 70.0;
-const RIGHT: f64 = 20.0;
-
-/// A plotting area: where it is on the page, and the value at its top.
-struct Area {
-    top: f64,
-    height: f64,
-    max: f64,
-}
-
-impl Area {
-    fn y(&self, value: f64) -> f64 {
-        self.top + self.height * (1.0 - value / self.max)
-    }
-
-    /// Horizontal lines with their values.
-    fn grid(&self, out: &mut String) -> std::fmt::Result {
-        let step = [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0]
-            .into_iter()
-            .find(|step| self.max / step <= 6.0)
-            .unwrap_or(200.0);
-        let mut value = 0.0;
-        while value <= self.max {
-            let y = self.y(value);
-            writeln!(
-                out,
-                r##"<line x1="{LEFT}" y1="{y:.1}" x2="{}" y2="{y:.1}" stroke="#ddd"/>"##,
-                WIDTH - RIGHT
-            )?;
-            writeln!(out, r#"<text x="{}" y="{:.1}" text-anchor="end">{value}</text>"#, LEFT - 8.0, y + 4.0)?;
-            value += step;
-        }
-        let middle = self.top + self.height / 2.0;
-        writeln!(
-            out,
-            r#"<text transform="translate(20 {middle:.1}) rotate(-90)" text-anchor="middle">Gbit/s</text>"#
-        )
-    }
-}
+const HEADING: Type = Type { size: 18.0, bold: true, colour: "#111", anchor: Anchor::Start };
+const SUBHEADING: Type = Type { size: 14.0, bold: true, colour: "#111", anchor: Anchor::Start };
+const PLAIN: Type = Type { size: 13.0, bold: false, colour: "#333", anchor: Anchor::Start };
+const SMALL: Type = Type { size: 11.5, bold: false, colour: "#555", anchor: Anchor::Start };
+const MET: &str = "#1a7f37";
+const MISSED: &str = "#c62828";
+const RANGE: &str = "#444";
 
 fn colour(way: Way) -> &'static str {
     match way {
-        Way::Overlay => "#b0b7bf",
-        Way::Router => "#1f77b4",
+        Way::Overlay => "#b9c0c8",
+        Way::Router => "#1f6fb4",
         Way::Host => "#9ecae1",
     }
 }
 
 fn words(way: Way) -> &'static str {
     match way {
-        Way::Overlay => "overlay (VXLAN)",
+        Way::Overlay => "overlay (VXLAN), no router",
         Way::Router => "overlay with ebpf-router",
         Way::Host => "host network",
     }
 }
 
 pub fn draw(report: &Report) -> String {
-    let mut out = String::new();
-    // Writing to a String cannot fail.
-    let _ = page(report, &mut out);
-    out
-}
-
-fn page(report: &Report, out: &mut String) -> std::fmt::Result {
-    writeln!(
-        out,
-        r#"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" font-size="13" fill="black">"#
-    )?;
-    writeln!(out, r#"<rect width="100%" height="100%" fill="white"/>"#)?;
-    title(out, 30.0, "iperf3 between two pods on two hosts: throughput (median, higher is better)")?;
-    bars(report, out)?;
-    title(out, 440.0, "One iperf3 connection, second by second; the routers start at 3 s")?;
-    line(report, out)?;
-    figures(report, out)?;
-    writeln!(out, "</svg>")
-}
-
-fn title(out: &mut String, y: f64, text: &str) -> std::fmt::Result {
-    writeln!(out, r#"<text x="{LEFT}" y="{y}" font-size="17" font-weight="bold">{text}</text>"#)
-}
-
-fn bars(report: &Report, out: &mut String) -> std::fmt::Result {
-    let highest = report.throughput.iter().map(|row| row.gbps).fold(1.0, f64::max);
-    let area = Area { top: 80.0, height: 280.0, max: highest * 1.1 };
-    for (index, way) in Way::ALL.into_iter().enumerate() {
-        let x = LEFT + index as f64 * 200.0;
-        writeln!(out, r#"<rect x="{x}" y="45" width="14" height="14" fill="{}"/>"#, colour(way))?;
-        writeln!(out, r#"<text x="{}" y="57">{}</text>"#, x + 20.0, words(way))?;
+    let mut svg = Svg::default();
+    let mut y = 34.0;
+    svg.text((MARGIN, y), HEADING, &format!("{}: {}", report.key.name, report.key.title));
+    y += 28.0;
+    legend(&mut svg, y, &report.ways());
+    y += 20.0;
+    for (quantity, rows) in report.by_quantity() {
+        y = panel(&mut svg, y, quantity, &rows);
     }
-    area.grid(out)?;
-    let kinds = report.kinds();
-    let group = (WIDTH - LEFT - RIGHT) / kinds.len().max(1) as f64;
-    let bar = group * 0.26;
-    for (index, kind) in kinds.iter().enumerate() {
-        let start = LEFT + index as f64 * group;
-        for (place, way) in Way::ALL.into_iter().enumerate() {
-            let gbps = report.gbps(kind, way);
-            let (x, y) = (start + group * 0.11 + place as f64 * bar, area.y(gbps));
-            writeln!(
-                out,
-                r#"<rect x="{x:.1}" y="{y:.1}" width="{:.1}" height="{:.1}" fill="{}"/>"#,
-                bar - 3.0,
-                area.top + area.height - y,
-                colour(way)
-            )?;
-            let (x, y) = (x + (bar - 3.0) / 2.0, y - 5.0);
-            writeln!(
-                out,
-                r#"<text x="{x:.1}" y="{y:.1}" text-anchor="middle" font-size="12">{gbps:.1}</text>"#
-            )?;
+    if let Some(live) = &report.live {
+        y = seconds(&mut svg, y + 14.0, live);
+    }
+    svg.text((MARGIN, y + 20.0), SMALL, &table::what_routers_did(report));
+    svg.text((MARGIN, y + 37.0), SMALL, &report.machine.words());
+    svg.finish(WIDTH, y + 52.0)
+}
+
+fn legend(svg: &mut Svg, y: f64, ways: &[Way]) {
+    let mut x = MARGIN;
+    for way in ways {
+        svg.rect((x, y - 11.0), (13.0, 13.0), colour(*way));
+        svg.text((x + 19.0, y), PLAIN, words(*way));
+        // About the width of the words.
+        x += 44.0 + words(*way).len() as f64 * 6.6;
+    }
+    svg.line((x, y - 5.0), (x + 24.0, y - 5.0), RANGE, 1.5);
+    svg.text((x + 30.0, y), PLAIN, "lowest to highest round; bars are medians");
+}
+
+/// Returns where the next begins.
+fn panel(svg: &mut Svg, top: f64, quantity: &Quantity, rows: &[&Row]) -> f64 {
+    let mut y = top + 24.0;
+    let heading = format!("{}, {} ({})", quantity.name, quantity.unit, quantity.better.words());
+    svg.text((MARGIN, y), SUBHEADING, &heading);
+    svg.line((MARGIN, y + 7.0), (WIDTH - MARGIN, y + 7.0), "#ccc", 1.0);
+    y += 16.0;
+    let scale = rows.iter().flat_map(|row| Way::ALL.map(|way| highest(row.values(way)))).fold(0.0, f64::max);
+    let length = |value: f64| (BARS_END - BARS) * value / scale.max(f64::MIN_POSITIVE);
+    for row in rows {
+        let ways: Vec<Way> = Way::ALL.into_iter().filter(|way| !row.values(*way).is_empty()).collect();
+        let height = ways.len() as f64 * BAR;
+        let middle = y + height / 2.0;
+        svg.text((BARS - 12.0, middle + 4.0), Type { anchor: Anchor::End, ..PLAIN }, &row.case);
+        for (way, bar) in ways.iter().zip(0..) {
+            let at = y + f64::from(bar) * BAR;
+            let value = row.median(*way).unwrap_or(0.0);
+            svg.rect((BARS, at), (length(value).max(1.0), BAR - 2.0), colour(*way));
+            let (low, high) = (lowest(row.values(*way)), highest(row.values(*way)));
+            let centre = at + BAR / 2.0 - 1.0;
+            if high > low {
+                svg.line((BARS + length(low), centre), (BARS + length(high), centre), RANGE, 1.5);
+            }
+            let end = BARS + length(high) + 6.0;
+            svg.text((end, centre + 4.5), Type { size: 12.0, ..PLAIN }, &digits(value));
         }
-        let (x, y) = (start + group / 2.0, area.top + area.height + 20.0);
-        writeln!(out, r#"<text x="{x:.1}" y="{y:.1}" text-anchor="middle">{kind}</text>"#)?;
+        ratios(svg, middle, row);
+        y += height + 9.0;
     }
-    Ok(())
+    y
 }
 
-fn line(report: &Report, out: &mut String) -> std::fmt::Result {
-    let live = &report.live;
-    let highest = live.gbps.iter().copied().fold(1.0, f64::max);
-    let area = Area { top: 470.0, height: 220.0, max: highest * 1.15 };
-    area.grid(out)?;
-    let second = (WIDTH - LEFT - RIGHT) / live.gbps.len().max(1) as f64;
-    let mut points = String::new();
+/// Beside the bars of a row: what the router reaches, and whether that is enough.
+fn ratios(svg: &mut Svg, middle: f64, row: &Row) {
+    let of = |way: Way| row.ratio(way).map(|ratio| format!("{ratio:.2} of {}", way.name()));
+    let ratios: Vec<String> = [Way::Host, Way::Overlay].into_iter().filter_map(of).collect();
+    let verdict = row.verdict();
+    let first = if verdict.is_some() && !ratios.is_empty() { middle - 4.0 } else { middle + 4.0 };
+    svg.text((RATIOS, first), PLAIN, &ratios.join(", "));
+    if let Some(verdict) = verdict {
+        let (said, colour) = if verdict.met { ("met", MET) } else { ("not met", MISSED) };
+        let below = if ratios.is_empty() { middle + 4.0 } else { middle + 13.0 };
+        svg.text((RATIOS, below), Type { colour, ..PLAIN }, &format!("target {}: {said}", verdict.target));
+    }
+}
+
+/// A connection, second by second, and its swap. Returns where the next begins.
+fn seconds(svg: &mut Svg, top: f64, live: &Live) -> f64 {
+    let (left, right, height) = (MARGIN + 36.0, WIDTH - MARGIN, 190.0);
+    let heading = "One iperf3 connection, Gbit/s second by second; the routers are started at 3 s";
+    svg.text((MARGIN, top + 24.0), SUBHEADING, heading);
+    let top = top + 44.0;
+    let scale = highest(&live.gbps).max(1.0) * 1.15;
+    let y = |gbps: f64| top + height * (1.0 - gbps / scale);
+    let second = (right - left) / live.gbps.len().max(1) as f64;
+    let step =
+        [1.0, 2.0, 5.0, 10.0, 20.0, 50.0].into_iter().find(|step| scale / step <= 6.0).unwrap_or(100.0);
+    for line in 0..=(scale / step) as u32 {
+        let value = f64::from(line) * step;
+        svg.line((left, y(value)), (right, y(value)), "#ddd", 1.0);
+        svg.text((left - 6.0, y(value) + 4.0), Type { anchor: Anchor::End, ..SMALL }, &value.to_string());
+    }
+    let mut points = Vec::new();
     for (index, gbps) in live.gbps.iter().enumerate() {
-        // A rate is about a second: draw it as a step.
-        let (x, y) = (LEFT + index as f64 * second, area.y(*gbps));
-        write!(points, "{x:.1},{y:.1} {:.1},{y:.1} ", x + second)?;
-        let centre = x + second / 2.0;
-        writeln!(
-            out,
-            r#"<text x="{centre:.1}" y="{:.1}" text-anchor="middle" font-size="12">{gbps:.1}</text>"#,
-            y - 6.0
-        )?;
-        let bottom = area.top + area.height + 18.0;
-        writeln!(out, r#"<text x="{x:.1}" y="{bottom:.1}" text-anchor="middle">{index} s</text>"#)?;
+        // A rate is about a whole second: drawn as a step.
+        let x = left + index as f64 * second;
+        points.extend([(x, y(*gbps)), (x + second, y(*gbps))]);
+        let middle = Type { anchor: Anchor::Middle, ..SMALL };
+        svg.text((x + second / 2.0, y(*gbps) - 6.0), middle, &format!("{gbps:.1}"));
+        svg.text((x, top + height + 17.0), middle, &format!("{index} s"));
     }
-    writeln!(
-        out,
-        r#"<polyline points="{points}" fill="none" stroke="{}" stroke-width="2.5"/>"#,
-        colour(Way::Router)
-    )?;
-    if let Some(at) = live.swapped_at_s {
-        let x = LEFT + at * second;
-        let (top, bottom) = (area.top, area.top + area.height);
-        writeln!(
-            out,
-            r##"<line x1="{x:.1}" y1="{top}" x2="{x:.1}" y2="{bottom}" stroke="#d62728" stroke-dasharray="5 4"/>"##
-        )?;
-        let pause = live.pause_us.map_or(String::new(), |us| format!(" (pause {:.1} ms)", us / 1000.0));
-        writeln!(
-            out,
-            r##"<text x="{:.1}" y="{:.1}" fill="#d62728">swapped onto the host network{pause}</text>"##,
-            x + 6.0,
-            bottom - 8.0
-        )?;
-    }
-    Ok(())
+    svg.polyline(&points, colour(Way::Router));
+    let x = left + live.swapped_at_s * second;
+    svg.line((x, top), (x, top + height), MISSED, 1.5);
+    let pause = live.pause_us.map_or(String::new(), |us| format!(", pause {:.1} ms", us / 1000.0));
+    let words = format!("swapped onto the host network{pause}");
+    svg.text((x + 6.0, top + height - 8.0), Type { colour: MISSED, ..PLAIN }, &words);
+    top + height + 26.0
 }
 
-fn figures(report: &Report, out: &mut String) -> std::fmt::Result {
-    title(out, 750.0, "Latency and pauses")?;
-    let latency: Vec<String> = report
-        .latency
-        .iter()
-        .map(|row| format!("{} {:.1} µs", words(row.way), row.figures.mean_us))
-        .collect();
-    let pauses: Vec<String> = report
-        .pauses
-        .iter()
-        .filter_map(|row| Some(format!("{} {:.2} ms", row.kind, median(&row.pauses_us)? / 1000.0)))
-        .collect();
-    let lines = [
-        format!("Ping-pong of 64 bytes (sockperf), mean, one way: {}.", latency.join(", ")),
-        format!("Median time that the programs stand still for a swap: {}.", pauses.join(", ")),
-        format!("{} connections swapped in this run.", report.swaps()),
-    ];
-    for (index, text) in lines.iter().enumerate() {
-        writeln!(out, r#"<text x="{LEFT}" y="{}">{text}</text>"#, 778 + index * 22)?;
-    }
-    Ok(())
+fn highest(values: &[f64]) -> f64 {
+    values.iter().copied().fold(0.0, f64::max)
+}
+
+fn lowest(values: &[f64]) -> f64 {
+    values.iter().copied().fold(f64::INFINITY, f64::min)
 }

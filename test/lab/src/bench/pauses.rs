@@ -2,37 +2,46 @@
 //! How long applications stand still: a connection of each kind is swapped, swapped back, and swapped again.
 
 use anyhow::{Context, Result};
-use lab::workload::{Stream, StreamOptions};
+use lab::{
+    measure::median,
+    workload::{Stream, StreamOptions},
+};
 
-use super::{Setting, Way};
+use super::{Part, Quantity, Run, Way};
 
+static MEDIAN: Quantity = Quantity::less("pause of a swap, median", "ms");
+static LONGEST: Quantity = Quantity::less("pause of a swap, longest of ten", "ms");
+
+/// Swaps of each kind in a round.
+const SWAPS: u32 = 10;
+
+/// What it is called, and what `stream` is told.
 const KINDS: [(&str, &str); 3] =
-    [("idle", "--idle"), ("request-response", "--pings"), ("saturated both ways", "--io blocking")];
+    [("idle", "--idle"), ("request and response", "--pings"), ("saturated both ways", "--io blocking")];
 
-pub struct Row {
-    pub kind: &'static str,
-    /// Of the swaps onto the host network, as the client's host saw them.
-    pub pauses_us: Vec<f64>,
+pub fn parts() -> impl Iterator<Item = Part> {
+    KINDS.into_iter().zip(7100..).map(|((kind, arguments), port)| {
+        Part::new(kind, move |run| {
+            let pauses_ms =
+                pauses_ms(run, port, arguments).with_context(|| format!("a connection that is {kind}"))?;
+            let longest = pauses_ms.iter().copied().fold(0.0, f64::max);
+            Ok(vec![MEDIAN.of(kind, median(&pauses_ms).unwrap_or(0.0)), LONGEST.of(kind, longest)])
+        })
+        .by(&[Way::Router])
+    })
 }
 
-pub fn measure(setting: &Setting, samples: u32) -> Result<Vec<Row>> {
-    // The rules of the benchmark are about pods, whatever the port.
-    setting.by(Way::Router, |run| {
-        let host = &run.setting.lab.h1;
-        let mut rows = Vec::new();
-        for ((kind, arguments), port) in KINDS.into_iter().zip(7100..) {
-            let stream =
-                Stream::start(&setting.client, &setting.server, port, &StreamOptions::both(arguments))?;
-            host.wait_until_on_host(port).with_context(|| format!("a connection that is {kind}"))?;
-            let mut pauses_us = Vec::new();
-            for _ in 0..samples {
-                host.move_to(port, "overlay")?;
-                pauses_us.extend(host.move_to(port, "host")?.pause_us.map(|us| us as f64));
-            }
-            stream.finish()?;
-            eprintln!("pauses, {kind}: {pauses_us:?} µs");
-            rows.push(Row { kind, pauses_us });
-        }
-        Ok(rows)
-    })
+/// Of the swaps onto the host network, as the client's host saw them.
+fn pauses_ms(run: &Run<'_>, port: u16, arguments: &str) -> Result<Vec<f64>> {
+    let host = &run.setting.lab.h1;
+    let (client, server) = (&run.setting.client, &run.setting.server);
+    let stream = Stream::start(client, server, port, &StreamOptions::both(arguments))?;
+    host.wait_until_on_host(port)?;
+    let mut pauses_ms = Vec::new();
+    for _ in 0..SWAPS {
+        host.move_to(port, "overlay")?;
+        pauses_ms.extend(host.move_to(port, "host")?.pause_us.map(|us| us as f64 / 1000.0));
+    }
+    stream.finish()?;
+    Ok(pauses_ms)
 }

@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Quantities, and their figures by way.
+
+use lab::measure::{median, paired_ratio};
+
+use super::Way;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Better {
+    More,
+    Less,
+}
+
+impl Better {
+    pub fn words(self) -> &'static str {
+        match self {
+            Better::More => "more is better",
+            Better::Less => "less is better",
+        }
+    }
+}
+
+/// What the figure with the router is to reach.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum Target {
+    OfHost(f64),
+    OfOverlay(f64),
+    Value(f64),
+}
+
+/// Something that is measured; all cases of it can be drawn on one scale.
+#[derive(PartialEq, Debug)]
+pub struct Quantity {
+    pub name: &'static str,
+    pub unit: &'static str,
+    pub better: Better,
+    pub target: Option<Target>,
+}
+
+impl Quantity {
+    pub const fn more(name: &'static str, unit: &'static str) -> Quantity {
+        Quantity { name, unit, better: Better::More, target: None }
+    }
+
+    pub const fn less(name: &'static str, unit: &'static str) -> Quantity {
+        Quantity { name, unit, better: Better::Less, target: None }
+    }
+
+    pub const fn target(mut self, target: Target) -> Quantity {
+        self.target = Some(target);
+        self
+    }
+
+    pub fn of(&'static self, case: impl Into<String>, value: f64) -> Figure {
+        Figure { quantity: self, case: case.into(), value }
+    }
+}
+
+/// What one run gave.
+pub struct Figure {
+    pub quantity: &'static Quantity,
+    pub case: String,
+    pub value: f64,
+}
+
+/// The figures of one case, from all rounds.
+pub struct Row {
+    pub quantity: &'static Quantity,
+    pub case: String,
+    values: [Vec<f64>; Way::ALL.len()],
+}
+
+pub struct Verdict {
+    pub target: String,
+    pub met: bool,
+}
+
+impl Row {
+    pub fn new(quantity: &'static Quantity, case: &str) -> Row {
+        Row { quantity, case: case.to_owned(), values: Default::default() }
+    }
+
+    pub fn is_of(&self, figure: &Figure) -> bool {
+        self.quantity == figure.quantity && self.case == figure.case
+    }
+
+    pub fn add(&mut self, way: Way, value: f64) {
+        self.values[way as usize].push(value);
+    }
+
+    pub fn values(&self, way: Way) -> &[f64] {
+        &self.values[way as usize]
+    }
+
+    pub fn median(&self, way: Way) -> Option<f64> {
+        median(self.values(way))
+    }
+
+    /// With the router, in parts of another way: the median of the ratios of each round, in which both had the machine
+    /// as it was then.
+    pub fn ratio(&self, to: Way) -> Option<f64> {
+        let (router, other) = (self.values(Way::Router), self.values(to));
+        (!router.is_empty() && !other.is_empty()).then(|| paired_ratio(router, other))
+    }
+
+    pub fn verdict(&self) -> Option<Verdict> {
+        let (limit, of, reached) = match self.quantity.target? {
+            Target::OfHost(limit) => (limit, " of host", self.ratio(Way::Host)?),
+            Target::OfOverlay(limit) => (limit, " of overlay", self.ratio(Way::Overlay)?),
+            Target::Value(limit) => (limit, "", self.median(Way::Router)?),
+        };
+        let (sign, met) = match self.quantity.better {
+            Better::More => ("≥", reached >= limit),
+            Better::Less => ("≤", reached <= limit),
+        };
+        Some(Verdict { target: format!("{sign} {limit}{of}"), met })
+    }
+}
+
+/// Three digits that count.
+pub fn digits(value: f64) -> String {
+    match value.abs() {
+        size if size >= 1000.0 => thousands(value),
+        size if size >= 100.0 || size == 0.0 => format!("{value:.0}"),
+        size if size >= 10.0 => format!("{value:.1}"),
+        size if size >= 1.0 => format!("{value:.2}"),
+        _ => format!("{value:.3}"),
+    }
+}
+
+fn thousands(value: f64) -> String {
+    let whole = format!("{value:.0}");
+    let groups: Vec<&str> =
+        whole.as_bytes().rchunks(3).rev().filter_map(|group| std::str::from_utf8(group).ok()).collect();
+    groups.join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    static RATE: Quantity = Quantity::more("rate", "1/s").target(Target::OfHost(0.98));
+    static DELAY: Quantity = Quantity::less("delay", "µs").target(Target::OfHost(1.02));
+
+    fn row(quantity: &'static Quantity, router: &[f64], host: &[f64]) -> Row {
+        let mut row = Row::new(quantity, "case");
+        router.iter().for_each(|value| row.add(Way::Router, *value));
+        host.iter().for_each(|value| row.add(Way::Host, *value));
+        row
+    }
+
+    #[test]
+    fn a_target_for_more_is_met_from_above_and_one_for_less_from_below() {
+        let met = |row: Row| row.verdict().map(|verdict| verdict.met);
+        assert_eq!(met(row(&RATE, &[99.0], &[100.0])), Some(true));
+        assert_eq!(met(row(&RATE, &[97.0], &[100.0])), Some(false));
+        assert_eq!(met(row(&DELAY, &[101.0], &[100.0])), Some(true));
+        assert_eq!(met(row(&DELAY, &[103.0], &[100.0])), Some(false));
+        assert_eq!(met(row(&RATE, &[99.0], &[])), None);
+    }
+
+    #[test]
+    fn figures_are_short() {
+        assert_eq!([0.12345, 1.2345, 12.345, 123.45].map(digits), ["0.123", "1.23", "12.3", "123"]);
+        assert_eq!([1234.5, 1_234_567.0].map(digits), ["1,234", "1,234,567"]);
+    }
+
+    #[test]
+    fn ratios_are_taken_within_a_round() {
+        assert_eq!(row(&RATE, &[10.0, 50.0, 30.0], &[10.0, 100.0, 30.0]).ratio(Way::Host), Some(1.0));
+    }
+}
