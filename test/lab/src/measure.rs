@@ -78,7 +78,7 @@ impl Iperf3 {
     }
 }
 
-/// What iperf3 prints at the end of a run with `-V`.
+/// What iperf3 says at the end of a run with `--json`.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Summary {
     /// Received, both directions added up.
@@ -88,20 +88,15 @@ pub struct Summary {
     pub server_cpu_percent: f64,
 }
 
-/// Of several streams, iperf3 prints the sum as well as each.
 pub fn iperf3_summary(text: &str) -> Result<Summary> {
-    let received: Vec<&str> = text.lines().filter(|line| line.ends_with("receiver")).collect();
-    let sums: Vec<&str> = received.iter().filter(|line| line.starts_with("[SUM]")).copied().collect();
-    let rates = if sums.is_empty() { &received } else { &sums };
-    let gbps = rates.iter().filter_map(|line| gbps(line)).sum();
-    let load = |end: &str| -> Result<f64> {
-        let line = text.lines().find(|line| line.starts_with("CPU Utilization"));
-        let percent =
-            line.and_then(|line| line.split_once(end)?.1.split_whitespace().nth(1)?.strip_suffix('%'));
-        let percent = percent.and_then(|percent| percent.parse().ok());
-        percent.with_context(|| format!("no CPU utilization for {end} in what iperf3 printed:\n{text}"))
-    };
-    Ok(Summary { gbps, client_cpu_percent: load("local/")?, server_cpu_percent: load("remote/")? })
+    let json: Value = serde_json::from_str(text.trim()).with_context(|| format!("iperf3 printed {text}"))?;
+    if let Some(error) = json["error"].as_str() {
+        bail!("iperf3: {error}");
+    }
+    let cpu = &json["end"]["cpu_utilization_percent"];
+    let load = |end: &str| cpu[end].as_f64().with_context(|| format!("iperf3 printed no {end}: {text}"));
+    let (client_cpu_percent, server_cpu_percent) = (load("host_total")?, load("remote_total")?);
+    Ok(Summary { gbps: Iperf3 { json }.gbps(), client_cpu_percent, server_cpu_percent })
 }
 
 /// The rate in a line of iperf3.
@@ -236,16 +231,12 @@ mod tests {
 
     #[test]
     fn the_summary_is_found_in_what_iperf3_prints() {
-        let one = "[  5]   0.00-4.00   sec  8.07 GBytes  17328 Mbits/sec   12             sender\n\
-                   [  5]   0.00-4.00   sec  8.05 GBytes  17300 Mbits/sec                  receiver\n\
-                   CPU Utilization: local/sender 60.4% (1.4%u/59.0%s), remote/receiver 50.1% (4.0%u/46.1%s)\n";
-        let expected = Summary { gbps: 17.3, client_cpu_percent: 60.4, server_cpu_percent: 50.1 };
-        assert_eq!(iperf3_summary(one).unwrap(), expected);
-        let sum = "[SUM]   0.00-4.00   sec  16.1 GBytes  34600 Mbits/sec                  receiver\n";
-        assert_eq!(iperf3_summary(&format!("{one}{sum}")).unwrap().gbps, 34.6);
-        let reverse =
-            "[  7][RX-C]   0.00-4.00   sec  8.05 GBytes  10000 Mbits/sec                  receiver\n";
-        assert_eq!(iperf3_summary(&format!("{one}{reverse}")).unwrap().gbps, 27.3);
+        let output = r#"{"end": {"sum_received": {"bits_per_second": 17.3e9},
+            "sum_received_bidir_reverse": {"bits_per_second": 10e9},
+            "cpu_utilization_percent": {"host_total": 60.4, "remote_total": 50.1}}}"#;
+        let expected = Summary { gbps: 27.3, client_cpu_percent: 60.4, server_cpu_percent: 50.1 };
+        assert_eq!(iperf3_summary(output).unwrap(), expected);
+        assert!(iperf3_summary(r#"{"error": "unable to connect"}"#).is_err());
     }
 
     #[test]

@@ -50,7 +50,7 @@ fn parts(_: &Setting) -> Result<Vec<Part>> {
 
 pub fn once(run: &Run<'_>, arguments: &[&str], streams: usize) -> Result<Summary> {
     let (time, omitted) = (run.seconds.to_string(), OMITTED.to_string());
-    let mut all = vec!["-V", "-f", "m", "-t", &time, "-O", &omitted];
+    let mut all = vec!["--json", "-t", &time, "-O", &omitted];
     all.extend(arguments);
     let RunningIperf3 { client, server } = RunningIperf3::start(run.client, run.server, run.address, &all)?;
     // One more than the streams: iperf3's control connection.
@@ -66,7 +66,7 @@ pub fn unmatched(quantity: &'static Quantity) -> Part {
     Part::new(case, move |run| -> Result<Vec<Figure>> {
         let time = run.seconds.to_string();
         let RunningIperf3 { client, server: _server } =
-            RunningIperf3::start(run.client, run.server, run.address, &["-V", "-f", "m", "-t", &time])?;
+            RunningIperf3::start(run.client, run.server, run.address, &["--json", "-t", &time])?;
         Ok(vec![quantity.of(case, iperf3_summary(&run.finish(client)?)?.gbps)])
     })
 }
