@@ -152,8 +152,9 @@ mod tests {
     #[test]
     fn the_queue_ends_with_the_last_byte_written_and_stays_as_it_is() {
         let (sender, mut receiver, written) = full();
+        let queue = peek(sender.as_fd(), unacknowledged(&sender)).unwrap();
+        // What is acknowledged meanwhile may be missing.
         let length = unacknowledged(&sender);
-        let queue = peek(sender.as_fd(), length).unwrap();
         assert!(queue.len() >= length && length > 0, "{} of {length}", queue.len());
         assert!(written.ends_with(&queue));
         drop(sender);
