@@ -96,6 +96,11 @@ impl Busy {
     }
 }
 
+/// Each of the times below, or, with LAB_THOROUGH, each on both hosts and more than once.
+fn rounds() -> u32 {
+    if std::env::var_os("LAB_THOROUGH").is_some() { 20 } else { 4 }
+}
+
 /// Short enough for nobody to be given up, and long enough for that.
 fn some_time(number: u32) -> Duration {
     Duration::from_millis([20, 150, 400, 900][number as usize % 4])
@@ -103,7 +108,7 @@ fn some_time(number: u32) -> Duration {
 
 fn cut_routers(test: &str, cut: Cut) -> Result<()> {
     let mut busy = Busy::new(test)?;
-    for number in 0..10 {
+    for number in 0..rounds() {
         busy.move_amid(number as usize / 2 % 2, |scene| {
             let host = scene.lab.hosts()[number as usize % 2];
             host.cut(cut)?;
@@ -141,7 +146,7 @@ fn a_router_that_is_silent_for_longer_than_its_peer_waits_is_reached_again() -> 
 #[test]
 fn a_host_path_may_fail_for_a_while_in_mid_move() -> Result<()> {
     let mut busy = Busy::new("path-fails")?;
-    for number in 0..10 {
+    for number in 0..rounds() {
         busy.move_amid(number as usize / 2 % 2, |scene| {
             let host = scene.lab.hosts()[number as usize % 2];
             host.cut(Cut::Everything)?;
