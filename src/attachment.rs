@@ -38,20 +38,18 @@ impl Attachments {
     pub async fn is_attached(&mut self, tgid: u32) -> Result<bool, rtnetlink::Error> {
         if self.listed.is_none_or(|when| when.elapsed() > FRESH) {
             // First: listing gives a number to every namespace at the other end of an interface.
-            self.neighbours = self.list().await?;
-            self.listed = Some(Instant::now());
+            self.list().await?;
         }
         if self.leads_to(tgid).await? {
             return Ok(true);
         }
         // A container that was started since.
-        self.neighbours = self.list().await?;
-        self.listed = Some(Instant::now());
+        self.list().await?;
         self.leads_to(tgid).await
     }
 
     /// IFLA_LINK_NETNSID of veth, netkit and the like: where the other end is.
-    async fn list(&self) -> Result<HashSet<i32>, rtnetlink::Error> {
+    async fn list(&mut self) -> Result<(), rtnetlink::Error> {
         let mut neighbours = HashSet::new();
         let mut links = self.netlink.link().get().execute();
         while let Some(link) = links.try_next().await? {
@@ -60,7 +58,9 @@ impl Attachments {
                 _ => None,
             }));
         }
-        Ok(neighbours)
+        self.neighbours = neighbours;
+        self.listed = Some(Instant::now());
+        Ok(())
     }
 
     async fn leads_to(&self, tgid: u32) -> Result<bool, rtnetlink::Error> {

@@ -10,7 +10,7 @@ mod tests;
 use std::{
     io,
     mem::MaybeUninit,
-    net::{IpAddr, Ipv6Addr, SocketAddr},
+    net::SocketAddr,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{
@@ -29,7 +29,7 @@ use libbpf_rs::{
 use tokio::sync::mpsc;
 
 use crate::{
-    bytes::{Plain, from_bytes},
+    bytes::{Plain, from_bytes, unmapped},
     identity::Identity,
 };
 
@@ -314,10 +314,7 @@ fn decode(bytes: &[u8]) -> Option<TraceEvent> {
 }
 
 fn connection(event: types::connection_event) -> TraceEvent {
-    let address = |ip: [u8; 16], port| {
-        let ip = Ipv6Addr::from(ip);
-        SocketAddr::new(ip.to_ipv4_mapped().map_or(IpAddr::V6(ip), IpAddr::V4), port)
-    };
+    let address = |ip, port| SocketAddr::new(unmapped(ip), port);
     let comm = event.comm.split(|byte| *byte == 0).next().unwrap_or_default();
     TraceEvent::Connection(Connection {
         side: if event.side == SIDE_CLIENT { Side::Client } else { Side::Server },

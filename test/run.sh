@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 ((EUID == 0)) || { echo "error: namespaces, BPF and ptrace need root: run $0 as root" >&2; exit 1; }
 
-kernel=yes programs=no words=()
+kernel=yes programs=no words=() failed=()
 for argument in "$@"; do
     case $argument in
         --no-kernel) kernel=no ;;
@@ -36,7 +36,8 @@ for file in test/lab/tests/*.rs test/lab/tests/*/main.rs; do
     [[ $name != programs || $programs == yes ]] || continue
     if ((${#words[@]} == 0)) || [[ " ${words[*]} " == *" $name "* ]]; then
         [[ $name != transparency ]] || target/release/lab transparency --clear
-        cargo test --release --locked -p lab --test "$name" -- --test-threads 1
+        # The files after one that fails have something to say as well.
+        cargo test --release --locked -p lab --test "$name" -- --test-threads 1 || failed+=("$name")
         [[ $name != transparency ]] || target/release/lab transparency
     fi
 done
@@ -46,4 +47,5 @@ if ((${#words[@]} == 0)); then
     "${CARGO_TARGET_DIR:-target}/release/lab" torture --minutes 0.5 --connections 60 --without kills
     [[ $kernel == no ]] || test/kernel.sh
 fi
+((${#failed[@]} == 0)) || { echo "error: tests failed in: ${failed[*]}" >&2; exit 1; }
 echo "all tests passed"

@@ -46,7 +46,11 @@ impl Drop for Room<'_> {
 
 fn free_descriptors() -> io::Result<usize> {
     let (limit, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
-    let open = std::fs::read_dir("/proc/self/fd")?.count();
+    // Since Linux 6.2 the directory's size is their number; before, it is zero. Each parked socket is an entry.
+    let open = match std::fs::metadata("/proc/self/fd")?.len() {
+        0 => std::fs::read_dir("/proc/self/fd")?.count(),
+        open => open as usize,
+    };
     Ok((limit as usize).saturating_sub(open))
 }
 

@@ -188,18 +188,8 @@ impl Session {
     }
 
     fn direction_of(&self, request: &Request) -> Option<Direction> {
-        match request {
-            Request::Move { conn, .. } | Request::MoveLocal { conn, .. } => {
-                locked(&self.connections).get(conn).map(|connection| connection.direction)
-            }
-            Request::Hello { .. }
-            | Request::Scan { .. }
-            | Request::Prepare { .. }
-            | Request::FromPeer { .. }
-            | Request::Cancel { .. }
-            | Request::Release { .. }
-            | Request::List { .. } => None,
-        }
+        let conn = conn_to_move(request)?;
+        locked(&self.connections).get(&conn).map(|connection| connection.direction)
     }
 
     fn handle(self: &Arc<Self>, request: Request, fds: Vec<OwnedFd>) {
@@ -315,17 +305,9 @@ impl Session {
 
     /// Descriptors that the router has sent with it did not find room here.
     fn no_room_for(&self, request: &Request) {
-        match request {
-            Request::Move { conn, .. } | Request::MoveLocal { conn, .. } => {
-                self.not_started(*conn, Refusal::Exhausted);
-            }
-            Request::Hello { .. }
-            | Request::Scan { .. }
-            | Request::Prepare { .. }
-            | Request::FromPeer { .. }
-            | Request::Cancel { .. }
-            | Request::Release { .. }
-            | Request::List { .. } => log::error!("the router sent descriptors where there are none"),
+        match conn_to_move(request) {
+            Some(conn) => self.not_started(conn, Refusal::Exhausted),
+            None => log::error!("the router sent descriptors where there are none"),
         }
     }
 
@@ -421,6 +403,20 @@ impl Session {
                 self.not_started(conn, Refusal::Exhausted);
             }
         }
+    }
+}
+
+/// The connection of a request that descriptors come with.
+fn conn_to_move(request: &Request) -> Option<ConnId> {
+    match request {
+        Request::Move { conn, .. } | Request::MoveLocal { conn, .. } => Some(*conn),
+        Request::Hello { .. }
+        | Request::Scan { .. }
+        | Request::Prepare { .. }
+        | Request::FromPeer { .. }
+        | Request::Cancel { .. }
+        | Request::Release { .. }
+        | Request::List { .. } => None,
     }
 }
 

@@ -55,6 +55,10 @@ struct Seen {
     socket: SocketInode,
 }
 
+fn side_of(record: &SocketRecord) -> Side {
+    if record.accepted { Side::Server } else { Side::Client }
+}
+
 pub fn tuple_of(record: &SocketRecord) -> Tuple {
     Tuple { local: record.local, remote: record.remote }
 }
@@ -99,7 +103,7 @@ impl Lookup {
             return None;
         }
         let tuple = tuple_of(record);
-        let side = if record.accepted { Side::Server } else { Side::Client };
+        let side = side_of(record);
         let known = Seen { tuple, side, v6: record.v6, netns: record.netns, socket: record.socket };
         self.learned(known, record.tgid, began).await
     }
@@ -117,7 +121,7 @@ impl Lookup {
             return None;
         }
         let tuple = Tuple { local: names.local, remote: names.remote };
-        let side = if record.accepted { Side::Server } else { Side::Client };
+        let side = side_of(record);
         let workload = self.workload(record.tgid)?;
         let (home, declined) = (self.home(tuple).await, self.verdict(side, tuple, &workload));
         let (swap, v6, socket) = (names.swap, record.v6, record.socket);

@@ -62,6 +62,7 @@ fn raise(place: &Place, n: u8, m: u8) -> Result<()> {
     let (bridge4, bridge6) = (overlay_v4(n, 1), overlay_v6(n, 1));
     let (tunnel4, tunnel6) = (overlay_v4(n, 0), overlay_v6(n, 0));
     let (gate4, gate6) = (overlay_v4(m, 0), overlay_v6(m, 0));
+    settle_addresses_at_once(place)?;
     place.run_script(
         &["sh", "-e"],
         "echo 1 >/proc/sys/net/ipv4/ip_forward\necho 1 >/proc/sys/net/ipv6/conf/all/forwarding\n",
@@ -96,6 +97,7 @@ fn raise(place: &Place, n: u8, m: u8) -> Result<()> {
 
 /// Plugs a pod's namespace into its host's bridge.
 pub fn plug(host: &Place, host_index: u8, pod: &Place, pod_index: u8) -> Result<()> {
+    settle_addresses_at_once(pod)?;
     let netns = Namespace::path(&pod.network);
     let cable = format!("veth{pod_index}");
     ip(
@@ -118,6 +120,12 @@ pub fn plug(host: &Place, host_index: u8, pod: &Place, pod_index: u8) -> Result<
              route add default via {gate6}\n"
         ),
     )
+}
+
+/// Without this, an interface's link-local address is tentative for up to 2 s. A host asks for its pods from that
+/// address: the first packets to a pod wait as long, or are refused (EHOSTUNREACH) after three questions not asked.
+fn settle_addresses_at_once(place: &Place) -> Result<()> {
+    place.run_script(&["sh", "-e"], "echo 0 >/proc/sys/net/ipv6/conf/default/accept_dad\n")
 }
 
 pub(crate) fn ip(place: &Place, lines: &str) -> Result<()> {

@@ -61,14 +61,15 @@ pub fn memcached(address: IpAddr) -> String {
 
 pub const NGINX_PORT: u16 = 8080;
 
-/// nginx, which serves a directory and keeps connections open as long as the client wants.
-pub fn nginx(place: &Place, address: IpAddr, root: &Path) -> Result<String> {
+/// nginx, which serves a directory and keeps connections open as long as the client wants. `listen`: what follows the
+/// address in that directive, and further ones.
+pub fn nginx(place: &Place, address: IpAddr, root: &Path, listen: &str) -> Result<String> {
     let own = &place.directory;
     let configuration = own.join("nginx.conf");
     let text = format!(
         "daemon off; worker_processes 2; error_log stderr; pid {}; events {{ worker_connections 4096; }} \
          http {{ access_log off; keepalive_requests 1000000000; keepalive_time 1d; \
-         server {{ listen {address}:{NGINX_PORT}; root {}; }} }}",
+         server {{ listen {address}:{NGINX_PORT} {listen}; root {}; }} }}",
         own.join("nginx.pid").display(),
         root.display()
     );

@@ -13,27 +13,19 @@ mod programs {
 }
 
 use std::{
-    path::{Path, PathBuf},
+    path::Path,
     process::Command,
     time::{Duration, Instant},
 };
 
 use anyhow::{Result, ensure};
-use lab::{DEADLINE, Finished, Pod, Process, Scene};
+use lab::{DEADLINE, Finished, Pod, Process, Scene, programs::command};
 
 /// At least so many moves, each way counted, while a load runs.
 const MOVES: u32 = 100;
 
 /// No load takes as long, on a machine that is busy.
 const LIMIT: Duration = Duration::from_secs(120);
-
-/// Words with no spaces in them.
-fn command(words: &str) -> Command {
-    let mut words = words.split_whitespace();
-    let mut command = Command::new(words.next().unwrap_or("true"));
-    command.args(words);
-    command
-}
 
 /// A program in the server's pod that accepts on this port.
 fn server(scene: &Scene, port: u16, words: &str) -> Result<Process> {
@@ -83,22 +75,6 @@ fn under_moves(scene: &Scene, pod: &Pod, port: u16, words: &str) -> Result<(Fini
 /// What a program in the client's pod prints.
 fn run(scene: &Scene, words: &str) -> Result<String> {
     Ok(scene.client.exec("run", &mut command(words), DEADLINE)?.expect_success()?.stdout)
-}
-
-/// A program of ours, in a language that is not Rust.
-fn source(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../programs").join(name)
-}
-
-/// A directory of this name that every user can read, in the lab's.
-fn directory(scene: &Scene, name: &str) -> Result<PathBuf> {
-    use std::os::unix::fs::PermissionsExt;
-    let directory = scene.lab.directory().join(name);
-    std::fs::create_dir(&directory)?;
-    for path in [scene.lab.directory(), &directory] {
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755))?;
-    }
-    Ok(directory)
 }
 
 /// Two files, or two trees.

@@ -52,7 +52,7 @@ pub struct Wrk {
 
 /// 32 connections at a time.
 pub fn once(run: &Run<'_>, root: &std::path::Path, arguments: &str) -> Result<Wrk> {
-    let _nginx = run.serve(&nginx(run.server, run.address, root)?, NGINX_PORT)?;
+    let _nginx = run.serve(&nginx(run.server, run.address, root, "")?, NGINX_PORT)?;
     let (seconds, address) = (run.seconds, run.address);
     let url = format!("http://{address}:{NGINX_PORT}/index.html");
     parse(&run.client(&format!("wrk --latency -t 1 -c 32 -d {seconds} {arguments} {url}"))?)

@@ -4,13 +4,16 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use lab::{Process, Scene};
+use lab::{
+    Process, Scene,
+    programs::{command, directory},
+};
 
-use crate::{command, directory, expect_equal, load, run, server};
+use crate::{expect_equal, load, run, server};
 
 /// Large files beside each other, small ones in directories below.
 fn tree(scene: &Scene) -> Result<PathBuf> {
-    let tree = directory(scene, "tree")?;
+    let tree = directory(&scene.lab, "tree")?;
     for number in 0..40 {
         std::fs::write(tree.join(number.to_string()), format!("file {number} ").repeat(2_000_000))?;
         let below = tree.join(format!("below-{number}"));
@@ -41,7 +44,7 @@ fn rsync_copies_a_tree_as_it_is() -> Result<()> {
 
 /// An SSH server that knows one key, made for this test, and the beginning of an scp command that has it.
 fn sshd(scene: &Scene) -> Result<(Process, String)> {
-    let keys = directory(scene, "keys")?;
+    let keys = directory(&scene.lab, "keys")?;
     let key = |name: &str| -> Result<()> {
         let file = keys.join(name).display().to_string();
         scene.client.place().run(command("ssh-keygen -q -t ed25519 -f").args([&file, "-N", ""])).map(drop)

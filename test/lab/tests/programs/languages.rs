@@ -3,10 +3,13 @@
 //! and go on until their connections have moved often enough.
 
 use anyhow::{Result, ensure};
-use lab::Scene;
+use lab::{
+    Scene,
+    programs::{command, source},
+};
 use serde_json::Value;
 
-use crate::{command, load, run, server, source};
+use crate::{load, run, server};
 
 /// `start` is the program; its last words are its role and address. Returns what the client printed.
 fn talk(scene: &Scene, port: u16, start: &str, separator: char) -> Result<Value> {

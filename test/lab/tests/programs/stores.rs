@@ -3,13 +3,17 @@
 
 use std::{net::Ipv4Addr, path::PathBuf, process::Command};
 
-use anyhow::{Context, Result, ensure};
-use lab::{DEADLINE, Pod, Process, Scene, wait_for};
+use anyhow::{Result, ensure};
+use lab::{
+    DEADLINE, Pod, Process, Scene,
+    programs::{command, directory, postgres_program},
+    wait_for,
+};
 
-use crate::{command, directory, load, loads, loads_from, run, server};
+use crate::{load, loads, loads_from, run, server};
 
 fn redis(scene: &Scene, name: &str, ip: Ipv4Addr) -> Result<String> {
-    let directory = directory(scene, name)?;
+    let directory = directory(&scene.lab, name)?;
     let directory = directory.display();
     Ok(format!(
         "redis-server --port 6379 --bind {ip} --protected-mode no --save \"\" --dir {directory} \
@@ -78,7 +82,7 @@ struct Postgres {
 impl Postgres {
     /// `fill` is the program that makes the data directory, which is given to it last.
     fn start(scene: &Scene, pod: &Pod, fill: &str) -> Result<Postgres> {
-        let socket = directory(scene, &format!("postgres-{}", pod.name))?;
+        let socket = directory(&scene.lab, &format!("postgres-{}", pod.name))?;
         let (data, ip) = (socket.join("data"), pod.v4);
         pod.place().run(Command::new("chown").arg("postgres").arg(&socket))?;
         // It refuses to run as root.
@@ -89,7 +93,7 @@ impl Postgres {
         std::fs::write(data.join("pg_hba.conf"), every_address)?;
         let start = format!(
             "{user} {} -D {at} -h {ip} -c unix_socket_directories={} -c fsync=off",
-            program("postgres")?,
+            postgres_program("postgres")?,
             socket.display()
         );
         let mut process = pod.serve("postgres", &mut command(&start), 5432)?;
@@ -98,34 +102,34 @@ impl Postgres {
     }
 
     fn primary(scene: &Scene) -> Result<Postgres> {
-        Postgres::start(scene, &scene.server, &format!("{} -A trust -U postgres", program("initdb")?))
+        Postgres::start(
+            scene,
+            &scene.server,
+            &format!("{} -A trust -U postgres", postgres_program("initdb")?),
+        )
     }
 
     fn replica_of(primary: &Postgres, scene: &Scene) -> Result<Postgres> {
-        let copy =
-            format!("{} -h {} -U postgres -R -X stream -c fast -D", program("pg_basebackup")?, primary.ip);
+        let copy = format!(
+            "{} -h {} -U postgres -R -X stream -c fast -D",
+            postgres_program("pg_basebackup")?,
+            primary.ip
+        );
         Postgres::start(scene, &scene.client, &copy)
     }
 
     fn ask(&self, scene: &Scene, query: &str) -> Result<String> {
-        let mut psql = command(&format!("{} -h {} -U postgres -At -c", program("psql")?, self.ip));
+        let mut psql = command(&format!("{} -h {} -U postgres -At -c", postgres_program("psql")?, self.ip));
         let answer = scene.client.exec("psql", psql.args([query, "postgres"]), DEADLINE)?;
         Ok(answer.expect_success()?.stdout.trim().to_owned())
     }
-}
-
-/// Debian keeps PostgreSQL's programs in a directory of their version.
-fn program(name: &str) -> Result<String> {
-    let versions = std::fs::read_dir("/usr/lib/postgresql").context("PostgreSQL is not installed")?;
-    let newest = versions.flatten().map(|entry| entry.path().join("bin")).max();
-    Ok(newest.context("PostgreSQL is not installed")?.join(name).display().to_string())
 }
 
 #[test]
 fn postgres_keeps_its_books_balanced() -> Result<()> {
     let scene = Scene::with_routers("postgres")?;
     let postgres = Postgres::primary(&scene)?;
-    let pgbench = format!("{} -h {} -U postgres postgres", program("pgbench")?, postgres.ip);
+    let pgbench = format!("{} -h {} -U postgres postgres", postgres_program("pgbench")?, postgres.ip);
     run(&scene, &format!("{pgbench} -i -s 2 -q"))?;
     loads(&scene, 5432, &format!("{pgbench} -c 8 -j 2 -T 15"))?;
     let sums = "select (select sum(abalance) from pgbench_accounts) = (select sum(delta) from pgbench_history) \
@@ -139,7 +143,8 @@ fn a_postgres_replica_catches_up_and_is_equal() -> Result<()> {
     let scene = Scene::with_routers("postgres-replica")?;
     let primary = Postgres::primary(&scene)?;
     // Over a unix socket: the link between the two is the only connection.
-    let pgbench = format!("{} -h {} -U postgres postgres", program("pgbench")?, primary.socket.display());
+    let pgbench =
+        format!("{} -h {} -U postgres postgres", postgres_program("pgbench")?, primary.socket.display());
     scene.server.place().run(&mut command(&format!("{pgbench} -i -s 2 -q")))?;
     let replica = Postgres::replica_of(&primary, &scene)?;
     loads_from(&scene, &scene.server, 5432, &format!("{pgbench} -c 8 -j 2 -T 15"))?;

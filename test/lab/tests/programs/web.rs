@@ -8,29 +8,23 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
-use lab::{Process, Scene};
+use lab::{
+    Process, Scene,
+    programs::{self, NGINX_PORT, command, directory},
+};
 
-use crate::{command, directory, expect_equal, load, loads, server};
+use crate::{expect_equal, load, loads, server};
 
-/// Serves a directory, and keeps connections open as long as the client wants.
+/// nginx at the server, which serves `root`. `listen`: more of its directive.
 fn nginx(scene: &Scene, root: &Path, listen: &str) -> Result<Process> {
-    let (root, ip) = (root.display(), scene.server.v4);
-    let own = &scene.server.place().directory;
-    let configuration = own.join("nginx.conf");
-    let text = format!(
-        "daemon off; worker_processes 2; error_log stderr; pid {}; events {{}} \
-         http {{ access_log off; keepalive_requests 1000000000; keepalive_time 1d; \
-         server {{ listen {ip}:8080 {listen}; root {root}; }} }}",
-        own.join("nginx.pid").display()
-    );
-    std::fs::write(&configuration, text)?;
-    server(scene, 8080, &format!("nginx -c {}", configuration.display()))
+    let words = programs::nginx(scene.server.place(), scene.server.v4.into(), root, listen)?;
+    server(scene, NGINX_PORT, &words)
 }
 
 #[test]
 fn nginx_answers_every_request_of_wrk() -> Result<()> {
     let scene = Scene::with_routers("nginx")?;
-    let root = directory(&scene, "root")?;
+    let root = directory(&scene.lab, "root")?;
     std::fs::write(root.join("index.html"), vec![b'x'; 20_000])?;
     let _nginx = nginx(&scene, &root, "")?;
     let url = format!("http://{}:8080/index.html", scene.server.v4);
@@ -44,7 +38,7 @@ fn nginx_answers_every_request_of_wrk() -> Result<()> {
 
 /// nginx with a certificate of its own, and the beginning of a curl command that trusts only that.
 fn nginx_with_tls(scene: &Scene, root: &Path) -> Result<(Process, String)> {
-    let keys = directory(scene, "keys")?;
+    let keys = directory(&scene.lab, "keys")?;
     let (ip, keys) = (scene.server.v4, keys.display());
     scene.server.place().run(&mut command(&format!(
         "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN={ip} -addext subjectAltName=IP:{ip} \
@@ -61,8 +55,8 @@ fn nginx_with_tls(scene: &Scene, root: &Path) -> Result<(Process, String)> {
 #[test]
 fn curl_gets_thousands_of_files_over_one_tls_connection() -> Result<()> {
     let scene = Scene::with_routers("curl-many")?;
-    let root = directory(&scene, "root")?;
-    let received = directory(&scene, "received")?;
+    let root = directory(&scene.lab, "root")?;
+    let received = directory(&scene.lab, "received")?;
     for number in 1..=20_000 {
         std::fs::write(root.join(number.to_string()), format!("file {number}\n").repeat(1 + number % 1000))?;
     }
@@ -77,7 +71,7 @@ fn curl_gets_thousands_of_files_over_one_tls_connection() -> Result<()> {
 #[test]
 fn curl_gets_a_large_file_over_tls() -> Result<()> {
     let scene = Scene::with_routers("curl-large")?;
-    let root = directory(&scene, "root")?;
+    let root = directory(&scene.lab, "root")?;
     let copy = scene.lab.directory().join("copy");
     let bytes = File::open("/dev/urandom")?;
     io::copy(&mut bytes.take(600 << 20), &mut File::create(root.join("large"))?)?;
