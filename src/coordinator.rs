@@ -67,7 +67,7 @@ const FRESH: Duration = Duration::from_secs(1);
 /// How long the last scan of a router that stops may take.
 const LAST_SCAN: Duration = Duration::from_secs(5);
 /// How long a stop waits at most: the ledger gives its orders up earlier.
-const STOP: Duration = Duration::from_secs(15);
+const STOP: Duration = Duration::from_secs(40);
 
 /// What people ask of a running router.
 pub enum Wish {
@@ -252,7 +252,7 @@ impl Coordinator {
             ForwarderEvent::Said(said) => match said {
                 Said::Hello { .. } => return,
                 Said::Sockets { seq, sockets } => return self.scanned(seq, sockets).await,
-                Said::Prepared { conn } => Event::Prepared(conn),
+                Said::Prepared { conn, holder } => Event::Prepared(conn, holder),
                 Said::Refused { conn, reason } => Event::Refused(conn, reason),
                 Said::ToPeer { conn, message } => Event::ToPeer(conn, message),
                 Said::Ended { conn, outcome } => Event::Ended(conn, outcome),

@@ -30,18 +30,25 @@ use crate::{
     transaction::Look,
 };
 
-/// Unread bytes up to this are taken along with the first look.
-const SMALL_UNREAD: usize = 64 << 10;
+/// Unread bytes up to this are taken along with the first look, by all connections of a batch together.
+pub const SMALL_UNREAD: usize = 64 << 10;
 
 /// Time for the blocks to end once the gate is open: nothing in them waits for anybody.
 const INSTALL_TIME: Duration = Duration::from_secs(5);
 
-/// What `end` looks like now, its processes frozen; an error if it cannot be moved as it is.
-pub fn facts_while_frozen(
-    end: &PreparedEnd,
+/// What `ends` look like now, their processes frozen; an error if one cannot be moved as it is.
+pub fn facts_while_frozen<'a>(
+    ends: impl IntoIterator<Item = &'a PreparedEnd> + Clone,
     frozen: &Frozen,
     inspector: &Inspector,
-) -> Result<SocketFacts, Refusal> {
+) -> Result<Vec<SocketFacts>, Refusal> {
+    let facts: Result<Vec<SocketFacts>, Refusal> =
+        ends.clone().into_iter().map(|end| facts_of(end, inspector)).collect();
+    nobody_else_uses_the_tables(ends.into_iter().map(|end| &end.holders), frozen, inspector)?;
+    facts
+}
+
+fn facts_of(end: &PreparedEnd, inspector: &Inspector) -> Result<SocketFacts, Refusal> {
     let facts = inspector.socket(end.old.as_fd()).map_err(cannot_look)?.ok_or(Refusal::HolderVanished)?;
     may_be_moved(&facts)?;
     for table in &end.holders.tables {
@@ -51,16 +58,12 @@ pub fn facts_while_frozen(
             }
         }
     }
-    if !end.holders.account_for(&facts, 1) {
-        return Err(Refusal::UnseenReference);
-    }
-    nobody_else_uses_the_tables(&end.holders, frozen, inspector)?;
-    Ok(facts)
+    if end.holders.account_for(&facts, 1) { Ok(facts) } else { Err(Refusal::UnseenReference) }
 }
 
 /// A descriptor table may have come to be shared with a process that is not frozen.
-fn nobody_else_uses_the_tables(
-    holders: &Holders,
+fn nobody_else_uses_the_tables<'a>(
+    holders: impl Iterator<Item = &'a Holders>,
     frozen: &Frozen,
     inspector: &Inspector,
 ) -> Result<(), Refusal> {
@@ -75,19 +78,18 @@ fn nobody_else_uses_the_tables(
         entry.1 = facts.users;
     }
     let shared_with_others = holders
-        .tables
-        .iter()
+        .flat_map(|holders| &holders.tables)
         .any(|table| users.get(&table.table).is_some_and(|(frozen, users)| *frozen as u32 != *users));
     if shared_with_others { Err(Refusal::UnseenReference) } else { Ok(()) }
 }
 
-/// The sequence numbers in `facts`, and the unread bytes if they are few or wanted.
-pub fn look(old: BorrowedFd<'_>, facts: &SocketFacts, with_unread: bool) -> Result<Look, Refusal> {
+/// The sequence numbers in `facts`, and the unread bytes if they are no more than so many.
+pub fn look(old: BorrowedFd<'_>, facts: &SocketFacts, most: usize) -> Result<Look, Refusal> {
     let unread = facts.rcv_nxt.wrapping_sub(facts.copied_seq) as usize;
     if unread > MAX_UNREAD_BYTES {
         return Err(Refusal::TooManyUnreadBytes);
     }
-    let unread = if with_unread || unread <= SMALL_UNREAD { Some(peek(old, unread)?) } else { None };
+    let unread = if unread <= most { Some(peek(old, unread)?) } else { None };
     Ok(Look { write_seq: facts.write_seq, rcv_nxt: facts.rcv_nxt, unread })
 }
 
@@ -230,8 +232,8 @@ impl Armed {
         Ok(armed)
     }
 
-    /// Open the gate, wait until the sockets are in place, or until all processes have gone back by themselves.
-    pub fn install(self, frozen: &mut Frozen, pairs: &[Substitution<'_>]) -> Result<Installed, Refusal> {
+    /// Open the gate, wait until the `new` sockets are in place, or until all processes have gone back by themselves.
+    pub fn install(self, frozen: &mut Frozen, new: &[BorrowedFd<'_>]) -> Result<Installed, Refusal> {
         fault::point(Point::Opening);
         self.gate.open()?;
         fault::point(Point::Opened);
@@ -257,7 +259,7 @@ impl Armed {
             }
         }
         for (index, room) in self.rooms {
-            room.give_back(pairs[index].new);
+            room.give_back(new[index]);
         }
         fault::point(Point::Installed);
         result

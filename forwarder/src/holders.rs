@@ -3,7 +3,7 @@
 //!
 //! Pure: from a list of all descriptors of the host to a plan of what to replace where.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use forwarder_api::Refusal;
 
@@ -33,38 +33,80 @@ pub struct Holders {
     pub tables: Vec<Table>,
 }
 
-impl Holders {
-    /// Everything in `listed` that holds the open file `file`; descriptors of `own`, this process, do not count.
-    pub fn of(file: u64, listed: &[Descriptor], own: Tgid) -> Holders {
+/// A list of all descriptors, and where in it to look.
+pub struct Listing {
+    descriptors: Vec<Descriptor>,
+    /// Places of those of each open file that is a TCP socket, and of the epoll sets in each table.
+    of_file: HashMap<u64, Vec<usize>>,
+    epolls_of_table: HashMap<u64, Vec<usize>>,
+    file_of_socket: HashMap<u64, u64>,
+}
+
+impl Listing {
+    /// Descriptors of `own`, this process, do not count.
+    pub fn new(mut descriptors: Vec<Descriptor>, own: Tgid) -> Listing {
+        descriptors.retain(|d| d.tgid != own.0);
+        let mut listing = Listing {
+            descriptors: vec![],
+            of_file: HashMap::new(),
+            epolls_of_table: HashMap::new(),
+            file_of_socket: HashMap::new(),
+        };
+        for (index, d) in descriptors.iter().enumerate() {
+            match d.kind {
+                Kind::Tcp => {
+                    listing.of_file.entry(d.file).or_default().push(index);
+                    listing.file_of_socket.insert(d.inode, d.file);
+                }
+                Kind::Epoll => listing.epolls_of_table.entry(d.table).or_default().push(index),
+                Kind::IoUring => {}
+            }
+        }
+        Listing { descriptors, ..listing }
+    }
+
+    /// A descriptor of the socket with this inode number.
+    pub fn descriptor_of(&self, inode: u64) -> Option<&Descriptor> {
+        self.held(*self.file_of_socket.get(&inode)?).next()
+    }
+
+    fn held(&self, file: u64) -> impl Iterator<Item = &Descriptor> {
+        self.of_file.get(&file).into_iter().flatten().map(|index| &self.descriptors[*index])
+    }
+
+    fn epolls(&self, table: u64) -> Vec<(u64, RemoteFd)> {
+        let indices = self.epolls_of_table.get(&table).into_iter().flatten();
+        let mut epolls: Vec<_> =
+            indices.map(|index| &self.descriptors[*index]).map(|d| (d.epoll, RemoteFd(d.fd))).collect();
+        epolls.sort_unstable();
+        epolls.dedup();
+        epolls
+    }
+
+    /// Everything that holds the open file `file`.
+    pub fn holders(&self, file: u64) -> Holders {
         let mut tables: BTreeMap<u64, Table> = BTreeMap::new();
-        let held = || listed.iter().filter(|d| d.kind == Kind::Tcp && d.file == file && d.tgid != own.0);
-        for descriptor in held() {
+        for descriptor in self.held(file) {
             let table = tables.entry(descriptor.table).or_insert_with(|| Table {
                 table: descriptor.table,
                 tgid: Tgid(descriptor.tgid),
                 tid: Tid(descriptor.tid),
                 fds: Vec::new(),
-                epolls: Vec::new(),
+                epolls: self.epolls(descriptor.table),
             });
             let fd = RemoteFd(descriptor.fd);
             if !table.fds.contains(&fd) {
                 table.fds.push(fd);
             }
         }
-        for descriptor in listed.iter().filter(|d| d.kind == Kind::Epoll) {
-            if let Some(table) = tables.get_mut(&descriptor.table) {
-                let epoll = (descriptor.epoll, RemoteFd(descriptor.fd));
-                if !table.epolls.contains(&epoll) {
-                    table.epolls.push(epoll);
-                }
-            }
-        }
-        let mut tgids: Vec<Tgid> = held().map(|descriptor| Tgid(descriptor.tgid)).collect();
+        let mut tgids: Vec<Tgid> = self.held(file).map(|descriptor| Tgid(descriptor.tgid)).collect();
         tgids.sort_unstable();
         tgids.dedup();
         Holders { tgids, tables: tables.into_values().collect() }
     }
+}
 
+impl Holders {
     pub fn fds(&self) -> usize {
         self.tables.iter().map(|table| table.fds.len()).sum()
     }
@@ -200,6 +242,10 @@ mod tests {
         Descriptor { kind: Kind::Epoll, epoll, ..tcp(tgid, table, fd) }
     }
 
+    fn holders(listed: &[Descriptor]) -> Holders {
+        Listing::new(listed.to_vec(), ME).holders(100)
+    }
+
     fn watched(watchers: Vec<Watcher>) -> SocketFacts {
         SocketFacts {
             file: 100,
@@ -243,14 +289,14 @@ mod tests {
 
     #[test]
     fn a_shared_table_counts_once_but_all_its_processes_are_frozen() {
-        let holders = Holders::of(100, &[tcp(10, 7, 3), tcp(11, 7, 3), tcp(1, 9, 5)], ME);
+        let holders = holders(&[tcp(10, 7, 3), tcp(11, 7, 3), tcp(1, 9, 5)]);
         assert_eq!(holders.tgids, [Tgid(10), Tgid(11)]);
         assert_eq!(holders.fds(), 1);
     }
 
     #[test]
     fn a_reference_that_nobody_shows_is_noticed() {
-        let holders = Holders::of(100, &[tcp(10, 7, 3), tcp(12, 8, 3), tcp(12, 8, 4)], ME);
+        let holders = holders(&[tcp(10, 7, 3), tcp(12, 8, 3), tcp(12, 8, 4)]);
         let facts = |refs| SocketFacts { refs, ..watched(vec![]) };
         assert!(holders.account_for(&facts(4), 1));
         assert!(!holders.account_for(&facts(5), 1));
@@ -259,7 +305,7 @@ mod tests {
     #[test]
     fn an_epoll_set_shared_over_fork_is_changed_once() {
         let listed = [tcp(10, 7, 3), tcp(11, 8, 3), epoll(10, 7, 4, 55), epoll(11, 8, 4, 55)];
-        let holders = Holders::of(100, &listed, ME);
+        let holders = holders(&listed);
         let facts = watched(vec![Watcher { epoll: 55, fd: 3, events: 1, data: 9 }]);
         let mut plans = BTreeMap::new();
         plan(&mut plans, &holders, &facts, 0, &Sets(vec![4])).unwrap();
@@ -269,7 +315,7 @@ mod tests {
 
     #[test]
     fn an_epoll_set_that_no_holder_has_is_refused() {
-        let holders = Holders::of(100, &[tcp(10, 7, 3)], ME);
+        let holders = holders(&[tcp(10, 7, 3)]);
         let facts = watched(vec![Watcher { epoll: 55, fd: 3, events: 1, data: 9 }]);
         assert_eq!(
             plan(&mut BTreeMap::new(), &holders, &facts, 0, &Sets(vec![])),
@@ -279,7 +325,7 @@ mod tests {
 
     #[test]
     fn an_epoll_set_that_was_made_anew_is_found_where_it_is_if_there_is_no_doubt() {
-        let holders = Holders::of(100, &[tcp(10, 7, 3), epoll(10, 7, 4, 55)], ME);
+        let holders = holders(&[tcp(10, 7, 3), epoll(10, 7, 4, 55)]);
         let watcher = |epoll| Watcher { epoll, fd: 3, events: 1, data: 9 };
         let check = |watchers, sets: &[i32]| {
             let mut plans = BTreeMap::new();
@@ -296,7 +342,7 @@ mod tests {
 
     #[test]
     fn a_one_shot_registration_is_moved_only_while_it_is_armed() {
-        let holders = Holders::of(100, &[tcp(10, 7, 3), epoll(10, 7, 4, 55)], ME);
+        let holders = holders(&[tcp(10, 7, 3), epoll(10, 7, 4, 55)]);
         let check = |events, expected| {
             let facts = watched(vec![Watcher { epoll: 55, fd: 3, events, data: 9 }]);
             assert_eq!(plan(&mut BTreeMap::new(), &holders, &facts, 0, &Sets(vec![4])), expected);

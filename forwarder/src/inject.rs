@@ -19,7 +19,8 @@
 //! end without us, and no other thread runs before. Invariants 4 and 8 of the design rest on this.
 
 use std::{
-    io::{IoSlice, IoSliceMut},
+    io::IoSlice,
+    ops::Range,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
     time::{Duration, Instant},
 };
@@ -30,7 +31,7 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
         ptrace,
-        socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair},
+        socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recv, sendmsg, socketpair},
     },
     unistd::Pid,
 };
@@ -43,7 +44,7 @@ use crate::{
         FrozenProcess, Stop, go_on, read_regs, set_signal_mask, signal_mask, wait_for_stop, write_regs,
     },
     process::{RemoteAddr, RemoteFd, Tid, copy_fd, not_made},
-    table::{COMMIT, INSTALLED, Lent, Plan, Rank, Table, Verdict, result_at},
+    table::{COMMIT, INSTALLED, Lent, Plan, Rank, Table, Verdict, WatcherPlan, msghdr_at, result_at},
 };
 
 /// What a process is lent for the time of the block.
@@ -208,10 +209,15 @@ impl Block {
         {
             return Err(Refusal::TooManyDescriptors);
         }
-        let image = image(scratch_at, plan, lent.count(), &table.calls);
-        process.memory.write(RemoteAddr(scratch_at), &image).map_err(vanished)?;
-        let table = self.table.insert(table);
-        let (recvmsg, shelter_call, over) = (table.recvmsg, table.shelter, table.over);
+        for (at, bytes) in [
+            (0, head(scratch_at, lent.count())),
+            (scratch::EVENTS, events(plan)),
+            (scratch::CALLS, calls(&table.calls)),
+        ] {
+            process.memory.write(RemoteAddr(scratch_at + at), &bytes).map_err(vanished)?;
+        }
+        let (receive, shelter_call, over) = (table.receive.clone(), table.shelter, table.over);
+        self.table = Some(table);
 
         if self.step_over_syscall(deadline)? < 0 {
             return Err(Refusal::NoFreeDescriptor);
@@ -220,13 +226,15 @@ impl Block {
         process.memory.read(RemoteAddr(scratch_at + scratch::PAIR), &mut pair).map_err(vanished)?;
         let theirs = RemoteFd(i32::from_ne_bytes([pair[4], pair[5], pair[6], pair[7]]));
         let ours = copy_fd(&process.pidfd, theirs).map_err(not_made)?;
-        send_descriptors(&ours, &lend.descriptors(gate))?;
+        for part in lend.descriptors(gate).chunks(scratch::PART_FDS) {
+            send_descriptors(&ours, part)?;
+        }
         self.pair = Some(ours);
         fault::point(Point::Lent);
         go_on(libc::PTRACE_CONT, self.tid, 0)?;
-        let armed = self.wait_armed(recvmsg, lent.count(), deadline)?;
+        self.wait_armed(process, receive, lent.count(), deadline)?;
         if let Some(call) = shelter_call {
-            let at = result(&armed, call).filter(|at| *at > 0).ok_or(Refusal::InjectionFailed)?;
+            let at = result(process, call).filter(|at| *at > 0).ok_or(Refusal::InjectionFailed)?;
             process.foothold.shelter = Some(Shelter { at: RemoteAddr(at as u64), length: shelter });
             self.note_foothold(process)?;
         }
@@ -257,21 +265,28 @@ impl Block {
         Ok(arch::syscall_result(&read_regs(self.tid).map_err(|_| Refusal::HolderVanished)?))
     }
 
-    fn wait_armed(&self, recvmsg: usize, lent: usize, deadline: Instant) -> Result<Vec<u8>, Refusal> {
-        let report = self.report(deadline)?.ok_or(Refusal::NoFreeDescriptor)?;
-        if result(&report, recvmsg) != Some(1) {
-            return Err(Refusal::NoFreeDescriptor);
+    fn wait_armed(
+        &self,
+        process: &FrozenProcess,
+        receive: Range<usize>,
+        lent: usize,
+        deadline: Instant,
+    ) -> Result<(), Refusal> {
+        let reported = self.wait_for_report(deadline)?;
+        let received = receive.clone().all(|call| result(process, call) == Some(1));
+        let mut fds = vec![0; receive.len() * scratch::CONTROL_LEN as usize];
+        scratch_memory(process, scratch::CONTROLS, &mut fds).ok_or(Refusal::HolderVanished)?;
+        let fd = |index: usize| &fds[(scratch::fd(index) - scratch::CONTROLS) as usize..][..4];
+        if reported && received && (0..lent).all(|index| fd(index) != [0xff; 4]) {
+            Ok(())
+        } else {
+            Err(Refusal::NoFreeDescriptor)
         }
-        let fds = &report[scratch::FDS as usize..][..4 * lent];
-        if fds.chunks_exact(4).any(|fd| fd == [0xff; 4]) {
-            return Err(Refusal::NoFreeDescriptor);
-        }
-        Ok(report)
     }
 
-    /// What the block sends: its scratch memory. `None` once it has closed its end.
-    fn report(&self, deadline: Instant) -> Result<Option<Vec<u8>>, Refusal> {
-        let Some(pair) = &self.pair else { return Ok(None) };
+    /// Until the block has something to tell, in its scratch memory. False once it has closed its end.
+    fn wait_for_report(&self, deadline: Instant) -> Result<bool, Refusal> {
+        let Some(pair) = &self.pair else { return Ok(false) };
         let mut fds = [PollFd::new(pair.as_fd(), PollFlags::POLLIN)];
         let left = deadline.saturating_duration_since(Instant::now()).as_millis() + 1;
         let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
@@ -280,15 +295,8 @@ impl Block {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(_) => return Err(Refusal::InjectionFailed),
         }
-        let mut report = vec![0; arch::SCRATCH_LEN];
-        let length = {
-            let mut buffers = [IoSliceMut::new(&mut report)];
-            let message = recvmsg::<()>(pair.as_raw_fd(), &mut buffers, None, MsgFlags::MSG_DONTWAIT)
-                .map_err(|_| Refusal::InjectionFailed)?;
-            message.bytes
-        };
-        report.truncate(length);
-        Ok((length >= scratch::CALLS as usize).then_some(report))
+        let length = recv(pair.as_raw_fd(), &mut [0], MsgFlags::MSG_DONTWAIT);
+        length.map(|length| length > 0).map_err(|_| Refusal::InjectionFailed)
     }
 
     /// After the gate was opened or closed: wait for the block's end and put the threads back where they were frozen.
@@ -297,9 +305,9 @@ impl Block {
             return Ok(Done::TurnedBack);
         }
         let mut done = Done::TurnedBack;
-        while let Some(report) = self.report(deadline)? {
+        while self.wait_for_report(deadline)? {
             if let Some(table) = &self.table {
-                done = how_it_ended(&report, table);
+                done = how_it_ended(process, table);
             }
         }
         let end = self.stop_at_end(deadline)?;
@@ -362,50 +370,71 @@ const LONGEST_STRIDE: Duration = Duration::from_millis(20);
 /// Extra time to bring a thread back after a deadline has passed.
 pub const RECOVERY: Duration = Duration::from_millis(200);
 
-fn how_it_ended(report: &[u8], table: &Table) -> Done {
-    if result(report, table.kept).is_none_or(|result| result == 0) {
+fn how_it_ended(process: &FrozenProcess, table: &Table) -> Done {
+    if result(process, table.kept).is_none_or(|result| result == 0) {
         return Done::TurnedBack;
     }
-    let came = |calls: std::ops::Range<usize>| calls.into_iter().any(|call| result(report, call) == Some(1));
+    let came = |calls: Range<usize>| calls.into_iter().any(|call| result(process, call) == Some(1));
     Done::Replaced { heard: table.word.clone().is_none_or(came) }
 }
 
-/// What a call came to, in the scratch memory that a block has sent.
-fn result(report: &[u8], call: usize) -> Option<i64> {
-    let at = result_at(call) as usize;
-    report.get(at..at + 8)?.try_into().ok().map(i64::from_ne_bytes)
+/// What a call of the block came to. None: the process has ended.
+fn result(process: &FrozenProcess, call: usize) -> Option<i64> {
+    let mut result = [0; 8];
+    scratch_memory(process, result_at(call), &mut result)?;
+    Some(i64::from_ne_bytes(result))
 }
 
-/// The contents of the scratch memory.
-fn image(at: u64, plan: &Plan, lent: usize, calls: &[Call]) -> Vec<u8> {
-    let mut image = vec![0; scratch::CALLS as usize];
+fn scratch_memory(process: &FrozenProcess, at: u64, bytes: &mut [u8]) -> Option<()> {
+    let scratch = process.foothold.scratch?;
+    process.memory.read(RemoteAddr(scratch.0 + at), bytes).ok()
+}
+
+/// The beginning of the scratch memory at `at`, for so many lent descriptors.
+fn head(at: u64, lent: usize) -> Vec<u8> {
+    let parts = lent.div_ceil(scratch::PART_FDS);
+    let mut head = vec![0; (scratch::CONTROLS + parts as u64 * scratch::CONTROL_LEN) as usize];
+    // A descriptor that does not arrive is -1, never 0.
+    head[scratch::CONTROLS as usize..].fill(0xff);
     let mut put = |offset: u64, bytes: &[u8]| {
-        image[offset as usize..offset as usize + bytes.len()].copy_from_slice(bytes);
+        head[offset as usize..offset as usize + bytes.len()].copy_from_slice(bytes);
     };
-    // struct iovec { &BYTE, 1 }; struct msghdr { .., &IOVEC, 1, &CONTROL, length, .. }
+    // struct iovec { &BYTE, 1 }
     put(scratch::IOVEC, &(at + scratch::BYTE).to_ne_bytes());
     put(scratch::IOVEC + 8, &1u64.to_ne_bytes());
-    put(scratch::MSGHDR + 16, &(at + scratch::IOVEC).to_ne_bytes());
-    put(scratch::MSGHDR + 24, &1u64.to_ne_bytes());
-    put(scratch::MSGHDR + 32, &(at + scratch::CONTROL).to_ne_bytes());
-    put(scratch::MSGHDR + 40, &(16 + 4 * lent as u64).to_ne_bytes());
-    put(scratch::WORDS, &[COMMIT[0], INSTALLED[0]]);
-    // A descriptor that does not arrive is -1, never 0.
-    put(scratch::PAIR, &[0xff; 8]);
-    put(scratch::FDS, &[0xff; 4 * scratch::MAX_FDS]);
-    for (index, watcher) in plan.watchers.iter().enumerate() {
-        let event = scratch::EVENTS + 12 * index as u64;
-        put(event, &watcher.events.to_ne_bytes());
-        put(event + 4, &watcher.data.to_ne_bytes());
+    for part in 0..parts {
+        // struct msghdr { .., &IOVEC, 1, &control, length, .. }
+        let (header, control) = (msghdr_at(part), scratch::CONTROLS + scratch::CONTROL_LEN * part as u64);
+        let fds = (lent - part * scratch::PART_FDS).min(scratch::PART_FDS) as u64;
+        put(header + 16, &(at + scratch::IOVEC).to_ne_bytes());
+        put(header + 24, &1u64.to_ne_bytes());
+        put(header + 32, &(at + control).to_ne_bytes());
+        put(header + 40, &(scratch::CONTROL_HEAD + 4 * fds).to_ne_bytes());
     }
-    for call in calls {
+    put(scratch::WORDS, &[COMMIT[0], INSTALLED[0]]);
+    put(scratch::PAIR, &[0xff; 8]);
+    head
+}
+
+fn events(plan: &Plan) -> Vec<u8> {
+    let event = |watcher: &WatcherPlan| {
+        let (events, data) = (watcher.events.to_ne_bytes(), watcher.data.to_ne_bytes());
+        events.into_iter().chain(data)
+    };
+    plan.watchers.iter().flat_map(event).collect()
+}
+
+/// The table, and a call of number zero, which ends it.
+fn calls(table: &[Call]) -> Vec<u8> {
+    let mut calls = Vec::with_capacity((table.len() + 1) * size_of::<Call>());
+    for call in table {
         // SAFETY: Call is repr(C) without padding beyond its own field, made of integers.
         let bytes =
             unsafe { std::slice::from_raw_parts(std::ptr::from_ref(call).cast::<u8>(), size_of::<Call>()) };
-        image.extend_from_slice(bytes);
+        calls.extend_from_slice(bytes);
     }
-    image.extend_from_slice(&[0; size_of::<Call>()]);
-    image
+    calls.extend_from_slice(&[0; size_of::<Call>()]);
+    calls
 }
 
 fn send_descriptors(pair: &OwnedFd, fds: &[RawFd]) -> Result<(), Refusal> {

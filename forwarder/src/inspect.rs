@@ -92,6 +92,13 @@ pub struct SocketFacts {
     pub watchers_left_out: bool,
 }
 
+impl SocketFacts {
+    /// Acknowledged by the kernel, and not read by the application yet.
+    pub fn unread_bytes(&self) -> u64 {
+        u64::from(self.rcv_nxt.wrapping_sub(self.copied_seq))
+    }
+}
+
 /// The descriptor table of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TableFacts {

@@ -21,9 +21,11 @@ mod receive;
 mod room;
 mod rseq;
 mod server;
+mod session;
 mod site;
 mod table;
 mod transaction;
+mod turns;
 
 use std::{
     io::Write,

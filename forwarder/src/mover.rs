@@ -1,22 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Carries a transaction out: one plain thread from the first look to the thaw.
+//! Carries a transaction out, of one connection or of several together: one plain thread from the first look to the thaw.
 //!
 //! The thread that freezes must be the one that thaws (ptrace(2)), and its end detaches whatever is left: so each
 //! transaction has a thread of its own, and that thread does nothing else. [`Remote`] executes the actions of
-//! [`crate::transaction::End`]; [`run_local`] moves both ends of a connection within this host in one freeze, where
-//! no protocol is needed.
+//! [`crate::transaction::End`]; [`run_local`] moves both ends of connections within this host in one freeze, where no
+//! protocol is needed.
 
 mod local;
 
 use std::{
     collections::VecDeque,
     io,
-    os::fd::{AsFd, AsRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
-use forwarder_api::{Direction, Manner, Moved, Outcome, Refusal, Role, SocketInode};
+use forwarder_api::{Direction, MAX_UNREAD_BYTES, Manner, Moved, Refusal, Role, SocketInode};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
@@ -33,15 +33,15 @@ pub use local::run_local;
 
 use crate::{
     alarm::Alarms,
-    exchange::{Armed, Deal, Substitution, discard, facts_while_frozen, look},
+    exchange::{Armed, Deal, SMALL_UNREAD, Substitution, discard, facts_while_frozen, look},
     fault::{self, Point},
     freeze::Frozen,
     holders::has_fired_one_shot,
     inspect::{Inspector, SocketFacts, TCP_ESTABLISHED},
     options::{ReceiveRoom, Shallow},
-    process::not_made,
+    process::{self, not_made},
     queue,
-    site::{Parked, Prepared, PreparedEnd, Site, locked, report, reset},
+    site::{Parked, Prepared, PreparedEnd, Site, locked, report, reset, tgids_of},
     table::{COMMIT, Silence},
     transaction::{Action, End, Event, Look, Message, Queue},
 };
@@ -124,27 +124,56 @@ fn between(from: Option<Instant>, to: Option<Instant>) -> u64 {
     }
 }
 
-/// What a mover leaves behind for the site, besides the outcome.
-pub struct Finished {
-    pub outcome: Outcome,
+/// A connection that is to be moved.
+pub struct Member {
+    pub prepared: Prepared,
+    /// For each end, the socket that takes its place.
+    pub new: Vec<OwnedFd>,
+    /// The connection of the transaction itself, see [`crate::transaction`]: the first member's serves for all. None
+    /// within a host.
+    pub witness: Option<OwnedFd>,
+}
+
+impl Member {
+    /// `given`: what the router gave, the new sockets of a swap and then the witness.
+    pub fn new(prepared: Prepared, mut given: Vec<OwnedFd>, with_witness: bool) -> Result<Member, Refusal> {
+        let witness = if with_witness { given.pop() } else { None };
+        let new = match prepared.direction {
+            Direction::ToHost => given,
+            Direction::ToOverlay => {
+                let parked = prepared.parked.as_ref().ok_or(Refusal::NotParked)?;
+                let copies: io::Result<Vec<_>> = parked.overlay.iter().map(OwnedFd::try_clone).collect();
+                copies.map_err(not_made)?
+            }
+        };
+        let complete = new.len() == prepared.ends.len() && witness.is_some() == with_witness;
+        if complete { Ok(Member { prepared, new, witness }) } else { Err(Refusal::HostPathFailed) }
+    }
+}
+
+/// How a connection of a batch ended.
+pub struct Over {
+    /// Its ends are taken.
+    pub prepared: Prepared,
+    pub moved: Moved,
     /// The way back, if there is one now.
     pub parked: Option<Parked>,
 }
 
-/// The new sockets of a transaction: given by the router, or what was parked.
-pub fn new_sockets(prepared: &mut Prepared, given: Vec<OwnedFd>) -> Result<Vec<OwnedFd>, Refusal> {
-    let sockets = match prepared.direction {
-        Direction::ToHost => given,
-        Direction::ToOverlay => {
-            let parked = prepared.parked.as_ref().ok_or(Refusal::NotParked)?;
-            let copies: io::Result<Vec<_>> = parked.overlay.iter().map(OwnedFd::try_clone).collect();
-            copies.map_err(not_made)?
-        }
-    };
-    if sockets.len() == prepared.ends.len() { Ok(sockets) } else { Err(Refusal::HostPathFailed) }
+/// How a transaction ended.
+pub enum Finished {
+    Moved(Vec<Over>),
+    /// None has moved. `afresh`: nothing was done yet that could not be done once more.
+    Aborted {
+        members: Vec<Member>,
+        reason: Refusal,
+        pause_us: u64,
+        afresh: bool,
+    },
 }
 
 /// What the router wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Task {
     pub role: Role,
     pub manner: Manner,
@@ -153,165 +182,174 @@ pub struct Task {
 
 /// One end of a transaction between two hosts.
 pub struct Remote {
-    site: Arc<Site>,
-    prepared: Prepared,
-    new: Option<OwnedFd>,
-    /// The connection of the transaction itself, see [`crate::transaction`].
-    witness: OwnedFd,
-    role: Role,
-    manner: Manner,
-    budget: Duration,
-    mailbox: Arc<Mailbox>,
-    tell: Tell,
+    pub site: Arc<Site>,
+    /// The same ones in the same order as at the other end. Not none, and all in the same direction.
+    pub members: Vec<Member>,
+    pub task: Task,
+    pub mailbox: Arc<Mailbox>,
+    pub tell: Tell,
 }
 
 impl Remote {
-    pub fn new(
-        site: &Arc<Site>,
-        prepared: Prepared,
-        [new, witness]: [OwnedFd; 2],
-        Task { role, manner, budget }: Task,
-        mailbox: Arc<Mailbox>,
-        tell: Tell,
-    ) -> Remote {
-        let site = Arc::clone(site);
-        Remote { site, prepared, new: Some(new), witness, role, manner, budget, mailbox, tell }
-    }
-
     /// Run to the end. To be called on a thread of its own.
     pub fn run(mut self) -> Finished {
-        let inspector = match self.site.programs.inspector() {
-            Ok(inspector) => inspector,
+        let ends = || self.members.iter().flat_map(|member| &member.prepared.ends);
+        let processes = tgids_of(ends()).len();
+        let (site, direction) = (Arc::clone(&self.site), self.direction());
+        let readied = || -> Result<_, Refusal> {
+            let inspector = site.programs.inspector().map_err(report)?;
+            let room = site.rooms.promise(processes, ends().count())?;
+            Ok((inspector, room))
+        }();
+        let ready = readied.and_then(|ready| match self.prepare_witness() {
+            Ok(witness) => Ok((ready, witness)),
             Err(error) => {
-                (self.tell)(&Message::Abort { reason: Refusal::InjectionFailed });
-                return Finished { outcome: aborted(report(error), 0), parked: None };
+                log::error!("{}: its witness cannot be used: {error}", self.members[0].prepared.conn);
+                Err(Refusal::InjectionFailed)
             }
-        };
-        if let Err(error) = self.prepare_witness() {
-            log::error!("{}: its witness cannot be used: {error}", self.prepared.conn);
-            (self.tell)(&Message::Abort { reason: Refusal::InjectionFailed });
-            return Finished { outcome: aborted(Refusal::InjectionFailed, 0), parked: None };
-        }
-        let direction = self.prepared.direction;
-        let Some(end) = self.prepared.ends.pop() else {
-            return Finished { outcome: aborted(Refusal::NotEstablished, 0), parked: None };
-        };
-        let site = Arc::clone(&self.site);
-        let _room = match site.rooms.promise(end.holders.tgids.len()) {
-            Ok(room) => room,
+        });
+        let ((inspector, _room), witness) = match ready {
+            Ok(ready) => ready,
             Err(reason) => {
                 (self.tell)(&Message::Abort { reason });
-                return Finished { outcome: aborted(reason, 0), parked: None };
+                return self.aborted(reason, 0, true);
             }
         };
         let mut running = Running {
-            mover: &mut self,
-            end: &end,
-            inspector,
             frozen: None,
-            facts: None,
             armed: None,
-            shallow: None,
-            receive_room: None,
+            shallow: Vec::new(),
+            receive_rooms: Vec::new(),
+            mover: &self,
+            witness: &witness,
+            inspector,
+            facts: Vec::new(),
             times: Times::default(),
-            unread_bytes: 0,
             threads: 0,
             look_at: None,
             with_unread: false,
             calm_by: None,
             awaiting_commit: false,
             heard: true,
+            new_is_closed: false,
+            witness_is_closed: false,
             silence_ends: Some(Instant::now() + WAIT_FOR_FREEZE),
             ended: None,
         };
-        let mut machine = End::new(running.mover.role, direction, running.mover.manner);
+        let mut machine = End::new(self.task.role, direction, self.task.manner);
         running.run(&mut machine);
         let result = running.ended.take().unwrap_or(Err(Refusal::InjectionFailed));
+        let times = std::mem::take(&mut running.times);
         let figures = Figures {
-            times: std::mem::take(&mut running.times),
-            unread_bytes: running.unread_bytes,
-            threads: running.threads,
+            common: Moved { threads: running.threads, processes: processes as u32, ..times.moved() },
+            unread: running.facts.iter().map(SocketFacts::unread_bytes).collect(),
             heard: running.heard,
         };
+        let (new_is_closed, witness_is_closed) = (running.new_is_closed, running.witness_is_closed);
         drop(running);
-        self.finish(end, result, figures)
+        match result {
+            Ok(()) => Finished::Moved(self.moved(figures)),
+            Err(reason) => {
+                if new_is_closed {
+                    self.close_new();
+                }
+                if !witness_is_closed {
+                    self.members[0].witness = Some(witness);
+                }
+                self.aborted(reason, times.pause_us(), !new_is_closed && !witness_is_closed)
+            }
+        }
+    }
+
+    fn direction(&self) -> Direction {
+        self.members[0].prepared.direction
     }
 
     /// The decider's end of it resets: neither host is to remember it (TIME_WAIT) for a minute.
-    fn prepare_witness(&self) -> nix::Result<()> {
-        if self.role == Role::Decider {
-            setsockopt(&self.witness, Linger, &libc::linger { l_onoff: 1, l_linger: 0 })?;
-            setsockopt(&self.witness, ReceiveTimeout, &TimeVal::milliseconds(WITNESS_MS))?;
+    fn prepare_witness(&mut self) -> nix::Result<OwnedFd> {
+        let witness = self.members[0].witness.take().ok_or(nix::errno::Errno::EBADF)?;
+        if self.task.role == Role::Decider {
+            setsockopt(&witness, Linger, &libc::linger { l_onoff: 1, l_linger: 0 })?;
+            setsockopt(&witness, ReceiveTimeout, &TimeVal::milliseconds(WITNESS_MS))?;
         }
-        Ok(())
+        Ok(witness)
     }
 
     fn silence(&self) -> Silence {
-        match (self.manner, self.prepared.direction) {
+        match (self.task.manner, self.direction()) {
             (Manner::Settle, Direction::ToHost) => Silence::AskNew,
             (Manner::Settle, Direction::ToOverlay) => Silence::AskOld,
             (Manner::Salvage, _) => Silence::Keep,
         }
     }
 
-    fn deal(&self) -> Deal<'_> {
-        match self.role {
-            Role::Decider => Deal::Decides(self.witness.as_fd(), self.silence()),
-            Role::Follower => Deal::Follows(self.witness.as_fd()),
+    fn deal<'a>(&self, witness: &'a OwnedFd) -> Deal<'a> {
+        match self.task.role {
+            Role::Decider => Deal::Decides(witness.as_fd(), self.silence()),
+            Role::Follower => Deal::Follows(witness.as_fd()),
         }
     }
 
-    fn finish(mut self, end: PreparedEnd, result: Result<(), Refusal>, figures: Figures) -> Finished {
-        let Figures { times, unread_bytes, threads, heard } = figures;
-        if let Err(reason) = result {
-            if self.new.is_none() && self.prepared.direction == Direction::ToOverlay {
-                // The overlay connection was given up: there is no way back any more.
-                self.prepared.parked = None;
-            }
-            return Finished { outcome: aborted(reason, times.pause_us()), parked: None };
-        }
-        let mut moved = Moved {
-            unread_bytes,
-            threads,
-            processes: end.holders.tgids.len() as u32,
-            fds: end.holders.fds() as u32,
-            ..times.moved()
-        };
-        moved.sockets = self.new.iter().filter_map(socket_inode).collect();
-        let parked = match self.prepared.direction {
-            // A peer that was not heard may need what is unread here: then there is no way back.
-            Direction::ToHost => {
-                (heard && discard(end.old.as_fd(), unread_bytes as usize)).then_some(Parked {
-                    overlay: vec![end.old],
-                    host: moved.sockets.clone(),
-                    note: std::mem::take(&mut self.prepared.note),
-                    moved: moved.clone(),
-                })
-            }
-            Direction::ToOverlay => {
-                self.prepared.parked = None;
-                // Where its path is dead, nobody acknowledges what is in it, nor its end: it would be sent again and again
-                // for a quarter of an hour. Where it is not, this tells a peer that hears nothing else: see `Silence`. A
-                // reset that arrives otherwise finds the peer's socket out of use, too.
-                reset(&end.old);
-                None
-            }
-        };
-        Finished { outcome: Outcome::Moved(moved), parked }
+    fn aborted(self, reason: Refusal, pause_us: u64, afresh: bool) -> Finished {
+        Finished::Aborted { members: self.members, reason, pause_us, afresh }
     }
+
+    /// By a reset, so that a peer that hears nothing else knows: see [`Silence`].
+    fn close_new(&mut self) {
+        for member in &mut self.members {
+            member.new.iter().for_each(reset);
+            member.new.clear();
+            if member.prepared.direction == Direction::ToOverlay {
+                // The overlay connection was given up: there is no way back any more.
+                member.prepared.parked = None;
+            }
+        }
+    }
+
+    fn moved(self, figures: Figures) -> Vec<Over> {
+        let members = self.members.into_iter().zip(&figures.unread);
+        members.map(|(member, unread_bytes)| over(member, *unread_bytes, &figures)).collect()
+    }
+}
+
+fn over(mut member: Member, unread_bytes: u64, figures: &Figures) -> Over {
+    let ends = std::mem::take(&mut member.prepared.ends);
+    let moved = Moved {
+        unread_bytes,
+        fds: ends.iter().map(|end| end.holders.fds() as u32).sum(),
+        sockets: member.new.iter().filter_map(socket_inode).collect(),
+        ..figures.common.clone()
+    };
+    let parked = match member.prepared.direction {
+        // A peer that was not heard may need what is unread here: then there is no way back.
+        Direction::ToHost => (figures.heard
+            && ends.iter().all(|end| discard(end.old.as_fd(), unread_bytes as usize)))
+        .then(|| Parked {
+            overlay: ends.into_iter().map(|end| end.old).collect(),
+            host: moved.sockets.clone(),
+            note: std::mem::take(&mut member.prepared.note),
+            moved: moved.clone(),
+        }),
+        Direction::ToOverlay => {
+            member.prepared.parked = None;
+            // Where its path is dead, nobody acknowledges what is in it, nor its end: it would be sent again and again
+            // for a quarter of an hour. Where it is not, this tells a peer that hears nothing else: see `Silence`. A
+            // reset that arrives otherwise finds the peer's socket out of use, too.
+            ends.iter().for_each(|end| reset(&end.old));
+            None
+        }
+    };
+    Over { prepared: member.prepared, moved, parked }
 }
 
 /// What is known of a transaction when it is over.
 struct Figures {
-    times: Times,
-    unread_bytes: u64,
-    threads: u32,
+    /// What all connections have in common.
+    common: Moved,
+    /// Bytes that the application had not read, of each.
+    unread: Vec<u64>,
     /// See [`exchange::Installed`](crate::exchange::Installed).
     heard: bool,
-}
-
-fn aborted(reason: Refusal, pause_us: u64) -> Outcome {
-    Outcome::Aborted { reason, pause_us }
 }
 
 fn socket_inode(socket: &OwnedFd) -> Option<SocketInode> {
@@ -322,25 +360,38 @@ fn socket_inode(socket: &OwnedFd) -> Option<SocketInode> {
 struct Running<'a> {
     frozen: Option<Frozen>,
     armed: Option<Armed>,
-    shallow: Option<Shallow<'a>>,
-    receive_room: Option<ReceiveRoom<'a>>,
-    mover: &'a mut Remote,
-    end: &'a PreparedEnd,
+    shallow: Vec<Shallow<'a>>,
+    receive_rooms: Vec<ReceiveRoom<'a>>,
+    mover: &'a Remote,
+    witness: &'a OwnedFd,
     inspector: Inspector,
-    facts: Option<SocketFacts>,
+    /// Of each connection, when it was looked at last.
+    facts: Vec<SocketFacts>,
     times: Times,
-    unread_bytes: u64,
     threads: u32,
     look_at: Option<Instant>,
     with_unread: bool,
     calm_by: Option<Instant>,
     awaiting_commit: bool,
     heard: bool,
+    /// To be closed when this is over, which is at once.
+    new_is_closed: bool,
+    witness_is_closed: bool,
     silence_ends: Option<Instant>,
     ended: Option<Result<(), Refusal>>,
 }
 
-impl Running<'_> {
+impl<'a> Running<'a> {
+    fn ends(&self) -> impl Iterator<Item = &'a PreparedEnd> + Clone + use<'a> {
+        let mover = self.mover;
+        mover.members.iter().flat_map(|member| &member.prepared.ends)
+    }
+
+    fn new(&self) -> impl Iterator<Item = &'a OwnedFd> + use<'a> {
+        let mover = self.mover;
+        mover.members.iter().flat_map(|member| &member.new)
+    }
+
     fn run(&mut self, machine: &mut End) {
         let mut events = VecDeque::from([Event::Start]);
         while !machine.is_over() {
@@ -391,16 +442,19 @@ impl Running<'_> {
                 None
             }
             Action::CloseNew => {
-                // So that a peer that hears nothing else knows: see `Silence`.
-                self.mover.new.take().iter().for_each(reset);
+                self.new_is_closed = true;
+                None
+            }
+            Action::CloseWitness => {
+                self.witness_is_closed = true;
                 None
             }
             Action::Thaw => {
-                self.receive_room = None;
+                self.receive_rooms.clear();
                 if let Some(frozen) = self.frozen.take() {
                     self.times.thawed = Some(frozen.thaw());
                 }
-                self.shallow = None;
+                self.shallow.clear();
                 None
             }
             Action::End(result) => {
@@ -410,47 +464,59 @@ impl Running<'_> {
         }
     }
 
-    fn queued_bytes(&self) -> u32 {
-        match self.inspector.socket(self.end.old.as_fd()) {
+    fn queued_bytes(&self, end: &PreparedEnd) -> u32 {
+        match self.inspector.socket(end.old.as_fd()) {
             Ok(Some(facts)) => {
                 let sending = facts.write_seq.wrapping_sub(facts.snd_una);
-                let unread = facts.rcv_nxt.wrapping_sub(facts.copied_seq);
-                sending.max(unread)
+                sending.max(facts.unread_bytes() as u32)
             }
             Ok(None) | Err(_) => 0,
         }
     }
 
+    fn is_calm(&self) -> bool {
+        self.ends().all(|end| self.queued_bytes(end) <= CALM_BYTES)
+    }
+
     fn make_shallow(&mut self) -> Option<Event> {
-        if self.queued_bytes() > CALM_BYTES / 4 {
-            match Shallow::make(self.end.old.as_fd()) {
-                Ok(shallow) => self.shallow = Some(shallow),
-                Err(reason) => return Some(Event::Cancel(reason)),
+        for end in self.ends() {
+            if self.queued_bytes(end) > CALM_BYTES / 4 {
+                match Shallow::make(end.old.as_fd()) {
+                    Ok(shallow) => self.shallow.push(shallow),
+                    Err(reason) => return Some(Event::Cancel(reason)),
+                }
             }
         }
-        let Some(_) = &self.shallow else { return Some(Event::Calm) };
+        if self.shallow.is_empty() {
+            return Some(Event::Calm);
+        }
         self.calm_by = Some(Instant::now() + CALM_TIME);
         None
     }
 
-    fn freeze(&mut self) -> Result<Look, Refusal> {
+    fn freeze(&mut self) -> Result<Vec<Look>, Refusal> {
         self.silence_ends = None;
-        let tgids = &self.end.holders.tgids;
-        let patience = match self.mover.role {
+        let tgids = tgids_of(self.ends());
+        if process::any_share_memory(&tgids) {
+            return Err(Refusal::SharedMemory);
+        }
+        let budget = self.mover.task.budget;
+        let patience = match self.mover.task.role {
             Role::Decider => DECIDER_RECESSES,
-            Role::Follower => self.mover.budget / 2,
+            Role::Follower => budget / 2,
         };
         let deadline = Instant::now() + patience;
         let facts = loop {
-            let alarms = Alarms::look(&self.inspector, tgids);
+            let alarms = Alarms::look(&self.inspector, &tgids);
             self.times.began = Some(Instant::now());
-            let frozen = Frozen::freeze(tgids, &alarms, Instant::now() + self.mover.budget);
+            let frozen = Frozen::freeze(&tgids, &alarms, Instant::now() + budget);
             self.times.thawed = Some(Instant::now());
             let frozen = frozen?;
             self.times.frozen = Some(Instant::now());
             self.threads = frozen.threads() as u32;
-            let facts = facts_while_frozen(self.end, &frozen, &self.inspector);
-            if facts.as_ref().is_ok_and(has_fired_one_shot) && Instant::now() + RECESS < deadline {
+            let facts = facts_while_frozen(self.ends(), &frozen, &self.inspector);
+            let has_fired = facts.as_ref().is_ok_and(|facts| facts.iter().any(has_fired_one_shot));
+            if has_fired && Instant::now() + RECESS < deadline {
                 self.times.thawed = Some(frozen.thaw());
                 std::thread::sleep(RECESS);
                 continue;
@@ -458,40 +524,49 @@ impl Running<'_> {
             self.frozen = Some(frozen);
             break facts?;
         };
-        let look = look(self.end.old.as_fd(), &facts, false)?;
-        self.facts = Some(facts);
-        Ok(look)
+        self.facts = facts;
+        self.looks(false)
     }
 
-    fn freeze_and_save(&mut self) -> Result<Queue, Refusal> {
+    /// What the facts say, with the unread bytes if they are few or wanted.
+    fn looks(&self, with_unread: bool) -> Result<Vec<Look>, Refusal> {
+        let unread: u64 = self.facts.iter().map(SocketFacts::unread_bytes).sum();
+        if unread > MAX_UNREAD_BYTES as u64 {
+            return Err(Refusal::TooManyUnreadBytes);
+        }
+        let most = if with_unread { MAX_UNREAD_BYTES } else { SMALL_UNREAD / self.facts.len().max(1) };
+        self.ends().zip(&self.facts).map(|(end, facts)| look(end.old.as_fd(), facts, most)).collect()
+    }
+
+    fn freeze_and_save(&mut self) -> Result<Vec<Queue>, Refusal> {
         self.freeze()?;
-        let facts = self.facts.as_ref().ok_or(Refusal::HolderVanished)?;
-        let unacknowledged = facts.write_seq.wrapping_sub(facts.snd_una) as usize;
-        let bytes = queue::peek(self.end.old.as_fd(), unacknowledged)?;
-        Ok(Queue { write_seq: facts.write_seq, bytes })
+        let queues = self.ends().zip(&self.facts).map(|(end, facts)| {
+            let unacknowledged = facts.write_seq.wrapping_sub(facts.snd_una) as usize;
+            let bytes = queue::peek(end.old.as_fd(), unacknowledged)?;
+            Ok(Queue { write_seq: facts.write_seq, bytes })
+        });
+        queues.collect()
     }
 
     fn look(&mut self) -> Event {
-        let looked = || -> Result<(SocketFacts, Look), Refusal> {
-            let facts = self
-                .inspector
-                .socket(self.end.old.as_fd())
-                .map_err(|_| Refusal::InjectionFailed)?
-                .ok_or(Refusal::HolderVanished)?;
-            crate::site::may_be_moved(&facts)?;
-            let look = look(self.end.old.as_fd(), &facts, self.with_unread)?;
-            Ok((facts, look))
+        let looked = || -> Result<Vec<Look>, Refusal> {
+            let facts = self.ends().map(|end| {
+                let facts = self.inspector.socket(end.old.as_fd()).map_err(|_| Refusal::InjectionFailed)?;
+                let facts = facts.ok_or(Refusal::HolderVanished)?;
+                crate::site::may_be_moved(&facts)?;
+                Ok(facts)
+            });
+            self.facts = facts.collect::<Result<Vec<_>, Refusal>>()?;
+            let looks = self.looks(self.with_unread)?;
+            if self.receive_rooms.is_empty() && self.mover.task.manner == Manner::Settle {
+                // Something is on its way, and nobody reads: make room for it to land.
+                let make = |end: &'a PreparedEnd| ReceiveRoom::make(end.old.as_fd(), MAX_UNREAD_BYTES).ok();
+                self.receive_rooms = self.ends().filter_map(make).collect();
+            }
+            Ok(looks)
         }();
         match looked {
-            Ok((facts, look)) => {
-                self.facts = Some(facts);
-                if self.receive_room.is_none() && self.mover.manner == Manner::Settle {
-                    // Something is on its way, and nobody reads: make room for it to land.
-                    let room = forwarder_api::MAX_UNREAD_BYTES;
-                    self.receive_room = ReceiveRoom::make(self.end.old.as_fd(), room).ok();
-                }
-                Event::Looked(look)
-            }
+            Ok(looks) => Event::Looked(looks),
             Err(reason) => Event::Cancel(reason),
         }
     }
@@ -512,31 +587,31 @@ impl Running<'_> {
         }
     }
 
-    fn arm(&mut self, carry: Vec<u8>) -> Result<(), Refusal> {
+    fn pairs(&self, carry: Vec<Vec<u8>>) -> Vec<Substitution<'a>> {
+        let pairs = self.ends().zip(self.new()).zip(&self.facts).zip(carry);
+        pairs.map(|(((end, new), facts), carry)| Self::substitution(end, new, facts, carry)).collect()
+    }
+
+    fn arm(&mut self, carry: Vec<Vec<u8>>) -> Result<(), Refusal> {
         self.times.settled = Some(Instant::now());
-        let (Some(frozen), Some(new), Some(facts)) = (&mut self.frozen, &self.mover.new, &self.facts) else {
-            return Err(Refusal::HostPathFailed);
-        };
-        self.unread_bytes = u64::from(facts.rcv_nxt.wrapping_sub(facts.copied_seq));
-        let pair = Self::substitution(self.end, new, facts, carry);
-        let deadline = Instant::now() + self.mover.budget;
-        self.armed = Some(Armed::arm(frozen, &[pair], self.mover.deal(), deadline)?);
+        let pairs = self.pairs(carry);
+        let frozen = self.frozen.as_mut().ok_or(Refusal::HolderVanished)?;
+        let deadline = Instant::now() + self.mover.task.budget;
+        self.armed = Some(Armed::arm(frozen, &pairs, self.mover.deal(self.witness), deadline)?);
         Ok(())
     }
 
     fn install(&mut self) -> Result<(), Refusal> {
-        let new_has_ended = self.new_has_ended();
-        let (Some(frozen), Some(new), Some(facts), Some(armed)) =
-            (&mut self.frozen, &self.mover.new, &self.facts, self.armed.take())
-        else {
-            return Err(Refusal::HostPathFailed);
+        let new_has_ended = self.new().any(|new| self.has_ended(new));
+        let new: Vec<BorrowedFd<'_>> = self.new().map(OwnedFd::as_fd).collect();
+        let (Some(frozen), Some(armed)) = (&mut self.frozen, self.armed.take()) else {
+            return Err(Refusal::HolderVanished);
         };
         if new_has_ended {
             armed.turn_back(frozen);
             return Err(Refusal::HostPathFailed);
         }
-        let pair = Self::substitution(self.end, new, facts, Vec::new());
-        let result = armed.install(frozen, &[pair]);
+        let result = armed.install(frozen, &new);
         self.times.installed = Some(Instant::now());
         self.heard = result?.heard;
         Ok(())
@@ -546,7 +621,7 @@ impl Running<'_> {
     fn wait(&mut self, events: &mut VecDeque<Event>) {
         let now = Instant::now();
         if let Some(by) = self.calm_by
-            && (now >= by || self.queued_bytes() <= CALM_BYTES)
+            && (now >= by || self.is_calm())
         {
             self.calm_by = None;
             return events.push_back(Event::Calm);
@@ -556,7 +631,7 @@ impl Running<'_> {
             return events.push_back(self.look());
         }
         let budget_ends =
-            self.times.began.filter(|_| !self.awaiting_commit).map(|began| began + self.mover.budget);
+            self.times.began.filter(|_| !self.awaiting_commit).map(|began| began + self.mover.task.budget);
         if budget_ends.is_some_and(|at| now >= at) {
             return events.push_back(Event::BudgetOver);
         }
@@ -586,14 +661,13 @@ impl Running<'_> {
         }
         let mut fds = vec![PollFd::new(self.mover.mailbox.bell.as_fd(), PollFlags::POLLIN)];
         if self.awaiting_commit {
-            fds.push(PollFd::new(self.mover.witness.as_fd(), PollFlags::POLLIN));
+            fds.push(PollFd::new(self.witness.as_fd(), PollFlags::POLLIN));
         }
         let _ = poll(&mut fds, PollTimeout::from(time.as_millis().clamp(1, 1000) as u16));
     }
 
-    /// The peer's forwarder, or its application, has closed the new connection.
-    fn new_has_ended(&self) -> bool {
-        let Some(new) = &self.mover.new else { return true };
+    /// The peer's forwarder, or its application, has closed this new connection.
+    fn has_ended(&self, new: &OwnedFd) -> bool {
         match self.inspector.socket(new.as_fd()) {
             Ok(Some(facts)) => facts.state != TCP_ESTABLISHED || facts.shutdown != 0,
             Ok(None) | Err(_) => true,
@@ -602,7 +676,7 @@ impl Running<'_> {
 
     fn read_commit(&self) -> Option<Event> {
         let mut byte = [0];
-        match recv(self.mover.witness.as_raw_fd(), &mut byte, MsgFlags::MSG_DONTWAIT) {
+        match recv(self.witness.as_raw_fd(), &mut byte, MsgFlags::MSG_DONTWAIT) {
             Ok(1) if byte == *COMMIT => Some(Event::Commit),
             Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EINTR) => None,
             Ok(_) | Err(_) => Some(Event::WitnessEnded),

@@ -11,9 +11,11 @@ use std::{
 use forwarder_api::Refusal;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// What a transaction opens at most while processes stand still: its own, and those for each process.
+/// What a transaction opens at most while processes stand still: its own, those for each process, and for each end of a
+/// connection.
 const OWN: usize = 12;
 const OF_PROCESS: usize = 4;
+const OF_END: usize = 1;
 /// For everything else that goes on meanwhile.
 const OTHERS: usize = 32;
 
@@ -28,8 +30,8 @@ pub struct Room<'a> {
 }
 
 impl Rooms {
-    pub fn promise(&self, processes: usize) -> Result<Room<'_>, Refusal> {
-        let room = Room { rooms: self, descriptors: OWN + OF_PROCESS * processes };
+    pub fn promise(&self, processes: usize, ends: usize) -> Result<Room<'_>, Refusal> {
+        let room = Room { rooms: self, descriptors: OWN + OF_PROCESS * processes + OF_END * ends };
         let promised = self.0.fetch_add(room.descriptors, Ordering::Relaxed) + room.descriptors;
         match free_descriptors() {
             Ok(free) if free >= promised + OTHERS => Ok(room),

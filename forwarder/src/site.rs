@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What all transactions of this forwarder share: the loaded programs, who is reserved for whom, and what is parked.
+//! What all transactions of this forwarder share: the loaded programs, which processes are reserved, and what is parked.
 
 use std::{
     collections::{HashMap, HashSet},
     os::fd::{AsFd, OwnedFd},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use forwarder_api::{ConnId, Direction, Moved, ParkedConn, PrepareTarget, Refusal, SocketInode};
@@ -13,8 +16,8 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 
 use crate::{
     fault::{self, Point},
-    holders::Holders,
-    inspect::{Descriptor, InspectError, Kind, Programs, SocketFacts, TCP_ESTABLISHED},
+    holders::{Holders, Listing},
+    inspect::{InspectError, Kind, Programs, SocketFacts, TCP_ESTABLISHED},
     options,
     process::{self, RemoteFd, Tgid},
     queue,
@@ -31,12 +34,16 @@ pub struct Site {
     pub programs: Arc<Programs>,
     pub own: Tgid,
     pub rooms: Rooms,
-    reserved: Mutex<HashMap<Tgid, ConnId>>,
+    /// Rings whenever somebody's turn may have come.
+    pub bell: Bell,
+    /// Processes that take part in a transaction.
+    reserved: Mutex<HashSet<Tgid>>,
     parked: Mutex<HashMap<ConnId, Parked>>,
-    /// Released while they were prepared or moved: not to be parked again.
-    forsaken: Mutex<HashSet<ConnId>>,
+    /// Prepared, or being moved; true if released since: not to be parked again.
+    in_hand: Mutex<HashMap<ConnId, bool>>,
     /// Watches the parked sockets for their end.
     ends: Epoll,
+    batches: AtomicU64,
 }
 
 /// A swapped connection of this host.
@@ -49,8 +56,7 @@ pub struct Parked {
     pub moved: Moved,
 }
 
-/// A connection that may be moved, as far as can be seen without stopping anything. Its holders are reserved until
-/// this is dropped.
+/// A connection that may be moved, as far as can be seen without stopping anything.
 pub struct Prepared {
     pub conn: ConnId,
     pub direction: Direction,
@@ -71,12 +77,44 @@ pub struct PreparedEnd {
 
 impl Drop for Prepared {
     fn drop(&mut self) {
-        let conn = self.conn;
         if let Some(parked) = self.parked.take() {
-            self.site.park(conn, parked);
+            self.site.park(self.conn, parked);
         }
-        locked(&self.site.reserved).retain(|_, by| *by != conn);
-        locked(&self.site.forsaken).remove(&conn);
+        locked(&self.site.in_hand).remove(&self.conn);
+    }
+}
+
+/// Processes that take part in nothing else until this is dropped.
+pub struct Reserved {
+    site: Arc<Site>,
+    tgids: Vec<Tgid>,
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        locked(&self.site.reserved).retain(|tgid| !self.tgids.contains(tgid));
+        self.site.bell.ring();
+    }
+}
+
+/// Wakes those who wait for their turn.
+#[derive(Default)]
+pub struct Bell {
+    rung: Mutex<u64>,
+    heard: Condvar,
+}
+
+impl Bell {
+    pub fn ring(&self) {
+        *locked(&self.rung) += 1;
+        self.heard.notify_all();
+    }
+
+    /// Wait, no longer than `time`, until it has rung once more than `before`. Returns how often it has.
+    pub fn wait(&self, before: u64, time: Duration) -> u64 {
+        let silent = |rung: &mut u64| *rung == before;
+        let waited = self.heard.wait_timeout_while(locked(&self.rung), time, silent);
+        *waited.unwrap_or_else(PoisonError::into_inner).0
     }
 }
 
@@ -94,21 +132,37 @@ impl Site {
             programs,
             own: Tgid(std::process::id() as i32),
             rooms: Rooms::default(),
+            bell: Bell::default(),
             reserved: Mutex::default(),
             parked: Mutex::default(),
-            forsaken: Mutex::default(),
+            in_hand: Mutex::default(),
             ends: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
+            // Not those of a forwarder before.
+            batches: AtomicU64::new(
+                SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_nanos() as u64),
+            ),
         }))
     }
 
-    /// Find who holds the sockets of `target`, check that they may be moved, and reserve the holders.
+    /// A number for a batch.
+    pub fn next_batch(&self) -> u64 {
+        self.batches.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// All descriptors of this host but our own.
+    pub fn listing(&self) -> Result<Listing, Refusal> {
+        Ok(Listing::new(self.programs.descriptors().map_err(report)?, self.own))
+    }
+
+    /// Find who holds the sockets of `target`, and check that they may be moved.
     pub fn prepare(
         self: &Arc<Self>,
         conn: ConnId,
         direction: Direction,
         target: PrepareTarget,
+        listing: &Listing,
     ) -> Result<Prepared, Refusal> {
-        let listed = self.programs.descriptors().map_err(report)?;
+        locked(&self.in_hand).insert(conn, false);
         let mut prepared = Prepared {
             conn,
             direction,
@@ -139,22 +193,18 @@ impl Site {
             }
         };
         for socket in sockets {
-            prepared.ends.push(self.prepare_end(socket, &listed, direction)?);
+            prepared.ends.push(self.prepare_end(socket, listing, direction)?);
         }
-        self.reserve(&prepared)?;
         Ok(prepared)
     }
 
     fn prepare_end(
         &self,
         socket: SocketInode,
-        listed: &[Descriptor],
+        listing: &Listing,
         direction: Direction,
     ) -> Result<PreparedEnd, Refusal> {
-        let held = listed
-            .iter()
-            .find(|d| d.kind == Kind::Tcp && d.inode == socket.0 && d.tgid != self.own.0)
-            .ok_or(Refusal::NotEstablished)?;
+        let held = listing.descriptor_of(socket.0).ok_or(Refusal::NotEstablished)?;
         let pidfd = process::pidfd(Tgid(held.tgid)).map_err(process::lacking)?;
         let old = process::copy_fd(&pidfd, RemoteFd(held.fd)).map_err(process::lacking)?;
         let inspector = self.programs.inspector().map_err(report)?;
@@ -172,7 +222,7 @@ impl Site {
             }
             options::may_be_carried(old.as_fd())?;
         }
-        let holders = Holders::of(facts.file, listed, self.own);
+        let holders = listing.holders(facts.file);
         if holders.tgids.iter().any(|tgid| process::is_32_bit(*tgid)) {
             return Err(Refusal::Holder32Bit);
         }
@@ -184,18 +234,18 @@ impl Site {
         Ok(PreparedEnd { old, holders, v6: facts.v6 })
     }
 
-    fn reserve(&self, prepared: &Prepared) -> Result<(), Refusal> {
+    /// None: one of them takes part in something else.
+    pub fn reserve(self: &Arc<Self>, tgids: Vec<Tgid>) -> Option<Reserved> {
         let mut reserved = locked(&self.reserved);
-        let tgids = tgids_of(&prepared.ends);
-        if tgids.iter().any(|tgid| reserved.contains_key(tgid)) {
-            return Err(Refusal::HolderBusy);
+        if tgids.iter().any(|tgid| reserved.contains(tgid)) {
+            return None;
         }
-        reserved.extend(tgids.into_iter().map(|tgid| (tgid, prepared.conn)));
-        Ok(())
+        reserved.extend(&tgids);
+        Some(Reserved { site: Arc::clone(self), tgids })
     }
 
     pub fn park(&self, conn: ConnId, parked: Parked) {
-        if locked(&self.forsaken).remove(&conn) {
+        if locked(&self.in_hand).get(&conn) == Some(&true) {
             return reset_all(&parked);
         }
         fault::point(Point::Parking);
@@ -226,8 +276,8 @@ impl Site {
                 true
             }
             None => {
-                if locked(&self.reserved).values().any(|by| *by == conn) {
-                    locked(&self.forsaken).insert(conn);
+                if let Some(forsaken) = locked(&self.in_hand).get_mut(&conn) {
+                    *forsaken = true;
                 }
                 false
             }

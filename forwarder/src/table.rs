@@ -102,8 +102,13 @@ impl Lent {
         2 * self.sockets + self.carried.len() + flags.iter().filter(|is| **is).count() + 1
     }
 
+    /// Messages that they arrive in.
+    pub fn parts(&self) -> usize {
+        self.count().div_ceil(scratch::PART_FDS)
+    }
+
     fn slot(index: usize) -> u64 {
-        scratch::FDS + 4 * index as u64
+        scratch::fd(index)
     }
 
     fn new_socket(&self, index: usize) -> u64 {
@@ -139,7 +144,8 @@ impl Lent {
 #[derive(Debug)]
 pub struct Table {
     pub calls: Vec<Call>,
-    pub recvmsg: usize,
+    /// What is lent arrives in these.
+    pub receive: Range<usize>,
     /// Maps the shelter, if one was asked for.
     pub shelter: Option<usize>,
     /// Made only if the new sockets stay.
@@ -165,8 +171,9 @@ impl Table {
             let flags = (libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) as u64;
             Call::new(libc::SYS_sendto, &[0, at + word, 1, flags, 0, 0]).indirect(0, fd).at_least(1)
         };
+        // One byte, whichever: what came of the calls is in the scratch memory.
         let report = || {
-            Call::new(libc::SYS_sendto, &[0, at, LENGTH_TO_COME, libc::MSG_NOSIGNAL as u64, 0, 0])
+            Call::new(libc::SYS_sendto, &[0, at + scratch::BYTE, 1, libc::MSG_NOSIGNAL as u64, 0, 0])
                 .indirect(0, scratch::PAIR)
                 .at_least(0)
         };
@@ -182,9 +189,13 @@ impl Table {
             let map = [0, shelter as u64, access as u64, kind as u64, u64::MAX, 0];
             draft.call(Call::new(libc::SYS_mmap, &map).at_least(0)).or(clean).index
         });
-        let receive = [0, at + scratch::MSGHDR, libc::MSG_CMSG_CLOEXEC as u64];
-        let recvmsg = Call::new(libc::SYS_recvmsg, &receive).indirect(0, scratch::PAIR).at_least(1);
-        let recvmsg = draft.call(recvmsg).or(clean).index;
+        let first = draft.calls.len();
+        for part in 0..lent.parts() {
+            let receive = [0, at + msghdr_at(part), libc::MSG_CMSG_CLOEXEC as u64];
+            let receive = Call::new(libc::SYS_recvmsg, &receive).indirect(0, scratch::PAIR).at_least(1);
+            draft.call(receive).or(clean);
+        }
+        let receive = first..draft.calls.len();
         draft.call(report()).or(clean);
         draft.call(peek(lent.gate(), 0)).or(clean);
 
@@ -254,7 +265,7 @@ impl Table {
         draft.call(report());
         draft.call(close(scratch::PAIR));
         draft.place(end);
-        Table { calls: draft.finish(), recvmsg, shelter, kept, word, over }
+        Table { calls: draft.finish(), receive, shelter, kept, word, over }
     }
 }
 
@@ -263,8 +274,10 @@ pub fn result_at(call: usize) -> u64 {
     scratch::CALLS + (call * size_of::<Call>() + std::mem::offset_of!(Call, result)) as u64
 }
 
-/// Stands for the length of a report until the table is complete.
-const LENGTH_TO_COME: u64 = u64::MAX;
+/// Where in the scratch memory the `struct msghdr` of a part is.
+pub fn msghdr_at(part: usize) -> u64 {
+    scratch::MSGHDRS + scratch::MSGHDR_LEN * part as u64
+}
 
 /// Fails once the connection was reset: ENOTCONN, and EFAULT otherwise, because there is nowhere to write the answer to.
 fn ask_for_peer(socket: u64) -> Call {
@@ -383,12 +396,6 @@ impl Draft {
         }
         for (call, label) in self.successes {
             self.calls[call].on_success = self.places[label.0] as u16 + 1;
-        }
-        let length = scratch::CALLS + (self.calls.len() * size_of::<Call>()) as u64;
-        for call in &mut self.calls {
-            if call.args[2] == LENGTH_TO_COME {
-                call.args[2] = length;
-            }
         }
         self.calls
     }

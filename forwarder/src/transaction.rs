@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The transaction that moves a connection between two hosts: one end of it, as a pure state machine.
+//! The transaction that moves connections between two hosts: one end of it, as a pure state machine. It moves one, or
+//! several together (a *batch*), all or none: both ends list them in the same order.
 //!
 //! Both ends run this machine, one as decider, one as follower. It does no I/O and knows no clock: [`End::step`]
 //! takes what happened and says what to do. *Old* is the socket that the application has, *new* the one that is to
@@ -78,7 +79,8 @@ pub enum Message {
     Freeze,
     /// The sender is frozen and has read its queue: it can give whatever does not arrive from now on.
     Saved,
-    Look(Look),
+    /// One for each connection.
+    Looks(Vec<Look>),
     /// The follower has promised to move when it sees the commit mark.
     Armed,
     /// The sender is thawing on its old connection.
@@ -92,11 +94,11 @@ pub enum Event {
     Start,
     /// The old connection carries little enough now, or has had its time to.
     Calm,
-    Frozen(Look),
-    /// Frozen, and the queue read.
-    Saved(Queue),
+    Frozen(Vec<Look>),
+    /// Frozen, and the queues read.
+    Saved(Vec<Queue>),
     FreezeFailed(Refusal),
-    Looked(Look),
+    Looked(Vec<Look>),
     Peer(Message),
     Armed,
     ArmFailed(Refusal),
@@ -119,22 +121,24 @@ pub enum Action {
     Tell(Message),
     MakeShallow,
     Freeze,
-    /// Freeze, and read the send queue.
+    /// Freeze, and read the send queues.
     FreezeAndSave,
     /// Look again soon; take the unread bytes along, if `with_unread`.
     LookAgain {
         with_unread: bool,
     },
-    /// Bring the new socket into the processes, up to the gate; these bytes go out after it.
+    /// Bring the new sockets into the processes, up to the gate; these bytes go out after it, on each.
     Arm {
-        carry: Vec<u8>,
+        carry: Vec<Vec<u8>>,
     },
     OpenGate,
     CloseGate,
     /// Watch the witness for the decider's word, or its end.
     AwaitCommit,
-    /// The new connection must not be used any more.
+    /// The new connections must not be used any more.
     CloseNew,
+    /// The peer may wait for a word, or the end.
+    CloseWitness,
     Thaw,
     End(Result<(), Refusal>),
 }
@@ -150,21 +154,21 @@ pub enum Stage {
     /// Follower: until the decider freezes.
     Waiting,
     Freezing {
-        theirs: Option<Look>,
+        theirs: Option<Vec<Look>>,
     },
     Frozen {
-        mine: Look,
-        theirs: Option<Look>,
+        mine: Vec<Look>,
+        theirs: Option<Vec<Look>>,
     },
-    /// Being frozen and its queue read. `peer_saved`: the peer has done both.
+    /// Being frozen and its queues read. `peer_saved`: the peer has done both.
     Saving {
         peer_saved: bool,
     },
     /// The looks, once both are saved.
     Saved {
-        queue: Queue,
-        mine: Option<Look>,
-        theirs: Option<Look>,
+        queues: Vec<Queue>,
+        mine: Option<Vec<Look>>,
+        theirs: Option<Vec<Look>>,
     },
     /// Being armed. `peer_armed`: the follower's promise came already.
     Arming {
@@ -213,7 +217,7 @@ impl End {
             Stage::Freezing { theirs } => self.freezing(theirs, event),
             Stage::Frozen { mine, theirs } => self.frozen(mine, theirs, event),
             Stage::Saving { peer_saved } => self.saving(peer_saved, event),
-            Stage::Saved { queue, mine, theirs } => self.saved(queue, mine, theirs, event),
+            Stage::Saved { queues, mine, theirs } => self.saved(queues, mine, theirs, event),
             Stage::Arming { peer_armed } => self.arming(peer_armed, event),
             Stage::Armed => self.armed(event),
             Stage::Promised => self.promised(event),
@@ -263,7 +267,7 @@ impl End {
             | Event::Saved(_)
             | Event::FreezeFailed(_)
             | Event::Looked(_)
-            | Event::Peer(Message::Freeze | Message::Saved | Message::Look(_) | Message::Armed)
+            | Event::Peer(Message::Freeze | Message::Saved | Message::Looks(_) | Message::Armed)
             | Event::Armed
             | Event::ArmFailed(_)
             | Event::Installed
@@ -286,7 +290,7 @@ impl End {
             | Event::Saved(_)
             | Event::FreezeFailed(_)
             | Event::Looked(_)
-            | Event::Peer(Message::Calm | Message::Saved | Message::Look(_) | Message::Armed)
+            | Event::Peer(Message::Calm | Message::Saved | Message::Looks(_) | Message::Armed)
             | Event::Armed
             | Event::ArmFailed(_)
             | Event::Installed
@@ -315,16 +319,16 @@ impl End {
         (stage, actions)
     }
 
-    fn freezing(&self, theirs: Option<Look>, event: Event) -> (Stage, Vec<Action>) {
+    fn freezing(&self, theirs: Option<Vec<Look>>, event: Event) -> (Stage, Vec<Action>) {
         match event {
             Event::Frozen(mine) => {
-                let told = Action::Tell(Message::Look(mine.clone()));
+                let told = Action::Tell(Message::Looks(mine.clone()));
                 let (stage, mut actions) = self.consider(mine, theirs);
                 actions.insert(0, told);
                 (stage, actions)
             }
             Event::FreezeFailed(reason) => self.abort(reason),
-            Event::Peer(Message::Look(look)) => (Stage::Freezing { theirs: Some(look) }, vec![]),
+            Event::Peer(Message::Looks(looks)) => (Stage::Freezing { theirs: Some(looks) }, vec![]),
             Event::Peer(Message::Abort { .. }) => self.go_back(Refusal::PeerAborted),
             Event::Cancel(reason) => self.abort(reason),
             Event::WitnessEnded => self.abort(Refusal::HostPathFailed),
@@ -343,19 +347,19 @@ impl End {
         }
     }
 
-    fn frozen(&self, mine: Look, theirs: Option<Look>, event: Event) -> (Stage, Vec<Action>) {
+    fn frozen(&self, mine: Vec<Look>, theirs: Option<Vec<Look>>, event: Event) -> (Stage, Vec<Action>) {
         match event {
-            Event::Looked(look) => {
-                // The peer needs my last look only: the first one told it what I have written.
-                let tell = look != mine && theirs.as_ref().is_some_and(|peer| is_last(&look, peer));
-                let told = Action::Tell(Message::Look(look.clone()));
-                let (stage, mut actions) = self.consider(look, theirs);
+            Event::Looked(looks) => {
+                // The peer needs my last looks only: the first ones told it what I have written.
+                let tell = looks != mine && theirs.as_ref().is_some_and(|peer| all(&looks, peer, is_last));
+                let told = Action::Tell(Message::Looks(looks.clone()));
+                let (stage, mut actions) = self.consider(looks, theirs);
                 if tell {
                     actions.insert(0, told);
                 }
                 (stage, actions)
             }
-            Event::Peer(Message::Look(look)) => self.consider(mine, Some(look)),
+            Event::Peer(Message::Looks(looks)) => self.consider(mine, Some(looks)),
             Event::Peer(Message::Abort { .. }) => self.go_back(Refusal::PeerAborted),
             Event::Cancel(reason) => self.abort(reason),
             Event::WitnessEnded => self.abort(Refusal::HostPathFailed),
@@ -379,27 +383,28 @@ impl End {
         }
     }
 
-    /// Both looks, as far as known: go on when they show that nothing is in flight.
-    fn consider(&self, mine: Look, theirs: Option<Look>) -> (Stage, Vec<Action>) {
+    /// The looks of both, as far as known: go on when they show that nothing is in flight.
+    fn consider(&self, mine: Vec<Look>, theirs: Option<Vec<Look>>) -> (Stage, Vec<Action>) {
         let Some(peer) = &theirs else {
             return (Stage::Frozen { mine, theirs }, vec![]);
         };
-        match relation(&mine, peer) {
-            Relation::Strangers if went_on(peer, &mine) => self.abort(Refusal::PeerAborted),
+        match relation_of_all(&mine, peer) {
+            Relation::Strangers if all(peer, &mine, went_on) => self.abort(Refusal::PeerAborted),
             Relation::Strangers => self.abort(Refusal::NotTheSameConnection),
-            Relation::InFlight if is_last(&mine, peer) => (Stage::Frozen { mine, theirs }, vec![]),
+            Relation::InFlight if all(&mine, peer, is_last) => (Stage::Frozen { mine, theirs }, vec![]),
             Relation::InFlight => {
-                let with_unread = mine.rcv_nxt == peer.write_seq;
+                let with_unread = all(&mine, peer, has_all);
                 (Stage::Frozen { mine, theirs }, vec![Action::LookAgain { with_unread }])
             }
-            Relation::Settled => match (&mine.unread, &peer.unread) {
-                (None, _) => (Stage::Frozen { mine, theirs }, vec![Action::LookAgain { with_unread: true }]),
-                (Some(_), None) => (Stage::Frozen { mine, theirs }, vec![]),
-                (Some(_), Some(carry)) => {
-                    let arm = Action::Arm { carry: carry.clone() };
-                    (Stage::Arming { peer_armed: false }, vec![arm])
+            Relation::Settled if mine.iter().any(|look| look.unread.is_none()) => {
+                (Stage::Frozen { mine, theirs }, vec![Action::LookAgain { with_unread: true }])
+            }
+            Relation::Settled => {
+                match peer.iter().map(|look| look.unread.clone()).collect::<Option<Vec<_>>>() {
+                    Some(carry) => (Stage::Arming { peer_armed: false }, vec![Action::Arm { carry }]),
+                    None => (Stage::Frozen { mine, theirs }, vec![]),
                 }
-            },
+            }
         }
     }
 
@@ -422,7 +427,7 @@ impl End {
             | Event::Saved(_)
             | Event::FreezeFailed(_)
             | Event::Looked(_)
-            | Event::Peer(Message::Calm | Message::Freeze | Message::Saved | Message::Look(_))
+            | Event::Peer(Message::Calm | Message::Freeze | Message::Saved | Message::Looks(_))
             | Event::Installed
             | Event::InstallFailed(_)
             | Event::Commit
@@ -443,7 +448,7 @@ impl End {
             | Event::Saved(_)
             | Event::FreezeFailed(_)
             | Event::Looked(_)
-            | Event::Peer(Message::Calm | Message::Freeze | Message::Saved | Message::Look(_))
+            | Event::Peer(Message::Calm | Message::Freeze | Message::Saved | Message::Looks(_))
             | Event::Armed
             | Event::ArmFailed(_)
             | Event::Installed
@@ -456,9 +461,11 @@ impl End {
     fn promised(&self, event: Event) -> (Stage, Vec<Action>) {
         match event {
             Event::Commit => (Stage::Opened, vec![Action::OpenGate]),
-            Event::WitnessEnded | Event::Peer(Message::Abort { .. }) => self.go_back(Refusal::PeerAborted),
-            Event::SilenceOver => self.abort(Refusal::PeerGone),
-            Event::Cancel(reason) => self.abort(reason),
+            Event::WitnessEnded | Event::Peer(Message::Abort { .. }) => {
+                self.leave_new(self.go_back(Refusal::PeerAborted))
+            }
+            Event::SilenceOver => self.leave_new(self.abort(Refusal::PeerGone)),
+            Event::Cancel(reason) => self.leave_new(self.abort(reason)),
             Event::Start
             | Event::Calm
             | Event::Frozen(_)
@@ -466,7 +473,7 @@ impl End {
             | Event::FreezeFailed(_)
             | Event::Looked(_)
             | Event::Peer(
-                Message::Calm | Message::Freeze | Message::Saved | Message::Look(_) | Message::Armed,
+                Message::Calm | Message::Freeze | Message::Saved | Message::Looks(_) | Message::Armed,
             )
             | Event::Armed
             | Event::ArmFailed(_)
@@ -481,7 +488,8 @@ impl End {
             Event::Installed => (Stage::Ended, vec![Action::Thaw, Action::End(Ok(()))]),
             // Carried bytes may have been sent on the new connection: it serves no other attempt, whichever it is.
             Event::InstallFailed(reason) => {
-                (Stage::Ended, vec![Action::CloseNew, Action::Thaw, Action::End(Err(reason))])
+                let close = [Action::CloseNew, Action::CloseWitness];
+                (Stage::Ended, [&close[..], &[Action::Thaw, Action::End(Err(reason))]].concat())
             }
             Event::Start
             | Event::Calm
@@ -510,12 +518,17 @@ impl End {
 
     /// To the old connection, without a word: the peer does, or did, the same.
     fn go_back(&self, reason: Refusal) -> (Stage, Vec<Action>) {
-        let mut actions = vec![Action::CloseGate, Action::Thaw];
+        (Stage::Ended, vec![Action::CloseGate, Action::Thaw, Action::End(Err(reason))])
+    }
+
+    /// After a promise: the decider may have gone on, waits for the end of the witness, and asks the new connection if it
+    /// hears nothing at all.
+    fn leave_new(&self, (stage, mut actions): (Stage, Vec<Action>)) -> (Stage, Vec<Action>) {
+        actions.insert(0, Action::CloseWitness);
         if self.new_is_single_use() {
-            actions.push(Action::CloseNew);
+            actions.insert(0, Action::CloseNew);
         }
-        actions.push(Action::End(Err(reason)));
-        (Stage::Ended, actions)
+        (stage, actions)
     }
 
     /// Give up and say so.
@@ -526,8 +539,8 @@ impl End {
     }
 }
 
-/// How two looks relate.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How two looks relate, from the best to the worst.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Relation {
     /// Each end has received all that the other has written, and the numbers say that these are the ends of one
     /// connection. An acknowledgement may still be on its way: it changes nothing for the application, and a delayed
@@ -539,14 +552,27 @@ pub enum Relation {
     Strangers,
 }
 
-/// Nothing will change in `mine` any more, and all of it is known: `peer` is frozen and wrote so much.
-fn is_last(mine: &Look, peer: &Look) -> bool {
-    mine.rcv_nxt == peer.write_seq && mine.unread.is_some()
+/// Is it so for each connection?
+fn all(mine: &[Look], theirs: &[Look], is: impl Fn(&Look, &Look) -> bool) -> bool {
+    mine.iter().zip(theirs).all(|(mine, theirs)| is(mine, theirs))
 }
 
-/// `mine` has more than `peer` had written: it is not frozen any more, and its word of that is late, or lost with the
-/// routers' connection.
+/// Nothing is on its way to `mine`.
+fn has_all(mine: &Look, peer: &Look) -> bool {
+    mine.rcv_nxt == peer.write_seq
+}
+
+/// Nothing will change in `mine` any more, and all of it is known: `peer` is frozen and wrote so much.
+fn is_last(mine: &Look, peer: &Look) -> bool {
+    has_all(mine, peer) && mine.unread.is_some()
+}
+
+/// These are no strangers, or `mine` has more than `peer` had written: it is not frozen any more, and its word of that is
+/// late, or lost with the routers' connection.
 fn went_on(peer: &Look, mine: &Look) -> bool {
+    if relation(mine, peer) != Relation::Strangers {
+        return true;
+    }
     let later = mine.rcv_nxt.wrapping_sub(peer.write_seq);
     let on_the_way = mine.write_seq.wrapping_sub(peer.rcv_nxt);
     later <= MAX_IN_FLIGHT && on_the_way <= MAX_IN_FLIGHT
@@ -568,6 +594,18 @@ pub fn relation(a: &Look, b: &Look) -> Relation {
         (Relation::Settled | Relation::InFlight, Relation::InFlight)
         | (Relation::InFlight, Relation::Settled) => Relation::InFlight,
     }
+}
+
+/// All are settled, or else the worst of them.
+pub fn worst(relations: impl Iterator<Item = Relation>) -> Relation {
+    relations.max().unwrap_or(Relation::Settled)
+}
+
+fn relation_of_all(mine: &[Look], theirs: &[Look]) -> Relation {
+    if mine.len() != theirs.len() {
+        return Relation::Strangers;
+    }
+    worst(mine.iter().zip(theirs).map(|(mine, theirs)| relation(mine, theirs)))
 }
 
 #[cfg(test)]

@@ -18,15 +18,15 @@ impl Coordinator {
     pub(super) async fn act(&mut self, action: Action) {
         match action {
             Action::Forwarder(request) => self.ask(request, vec![]),
-            Action::Move { conn, role, manner, names } => {
+            Action::Move { conn, role, manner, names, with } => {
                 let fds = self.named(conn, &[names]);
                 let budget_us = self.budget_us();
-                self.ask(Request::Move { conn, role, manner, budget_us }, fds);
+                self.ask(Request::Move { conn, role, manner, budget_us, with }, fds);
             }
-            Action::MoveLocal { conn, names } => {
+            Action::MoveLocal { conn, names, alone } => {
                 let fds = self.named(conn, &names);
                 let budget_us = self.budget_us();
-                self.ask(Request::MoveLocal { conn, budget_us }, fds);
+                self.ask(Request::MoveLocal { conn, budget_us, alone }, fds);
             }
             Action::Connect { conn, family, peer, rendezvous } => {
                 let address = self.parts.host_address;
@@ -50,15 +50,17 @@ impl Coordinator {
                 let host = HostPath::within_host(v6).await?.into();
                 Ok(Lines { host, hosts_wanted: 2, witness: None })
             }),
-            Action::Accept { attempted, host, peer } => match self.host_path.expect(attempted.conn, host) {
-                Ok(rendezvous) => {
-                    let hosts_wanted = usize::from(host.is_some());
-                    self.lines.insert(attempted.conn, Lines { hosts_wanted, ..Lines::default() });
-                    self.tell(peer, Message::Accept { attempted, rendezvous });
+            Action::Accept { attempted, host, peer, holder } => {
+                match self.host_path.expect(attempted.conn, host) {
+                    Ok(rendezvous) => {
+                        let hosts_wanted = usize::from(host.is_some());
+                        self.lines.insert(attempted.conn, Lines { hosts_wanted, ..Lines::default() });
+                        self.tell(peer, Message::Accept { attempted, rendezvous, holder });
+                    }
+                    // Nobody will come, and the negotiation ends by itself.
+                    Err(error) => log::error!("{}: no token can be made: {error}", attempted.conn),
                 }
-                // Nobody will come, and the negotiation ends by itself.
-                Err(error) => log::error!("{}: no token can be made: {error}", attempted.conn),
-            },
+            }
             Action::DropPath(conn) => {
                 self.host_path.forget(conn);
                 self.lines.remove(&conn);

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use forwarder_api::{ConnId, Direction, Moved, Refusal, SocketInode};
+use forwarder_api::{ConnId, Direction, Holder, Moved, Refusal, SocketInode};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -68,6 +68,9 @@ pub struct Attempt {
     pub number: u64,
     /// Where the follower waits for the host connection.
     pub rendezvous: Option<Rendezvous>,
+    /// Who holds it here, and at the other end, once the forwarders have found out.
+    pub holder: Option<Holder>,
+    pub other_holder: Option<Holder>,
 }
 
 #[derive(Clone, Debug)]
@@ -94,6 +97,8 @@ pub struct Flow {
     pub reason: Option<Refusal>,
     pub attempt: Option<Attempt>,
     pub order: Option<Order>,
+    /// Stands in line for an attempt.
+    pub in_line: bool,
     /// Refusals in a row.
     pub failures: u32,
     /// How often in a row the host path has failed it, and until when it is not swapped for that.
@@ -149,6 +154,7 @@ impl Flow {
             reason: None,
             attempt: None,
             order: None,
+            in_line: false,
             failures: 0,
             stalls: 0,
             avoids_host_until: None,

@@ -36,7 +36,7 @@ pub enum Family {
 /// How long a peer may take to send its token, and to be connected to.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Connections whose token has not come yet. More are closed at once.
-const MAX_STRANGERS: usize = 256;
+const MAX_STRANGERS: usize = 1024;
 
 /// What a connection is to be for a transaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

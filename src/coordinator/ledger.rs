@@ -15,11 +15,13 @@ mod tests;
 mod wants;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     time::{Duration, Instant},
 };
 
-use forwarder_api::{ConnId, Direction, Manner, Moved, Outcome, Refusal, Request, Role, SocketInode};
+use forwarder_api::{
+    ConnId, Direction, Holder, Manner, Moved, OtherEnd, Outcome, Refusal, Request, Role, SocketInode,
+};
 
 use super::{
     flow::{Attempt, Flow, FlowView, Home, Note, NotedEnd, OnHost, Order, Path, PeerSays},
@@ -35,7 +37,7 @@ const GRACE: Duration = Duration::from_secs(1);
 const STEP: Duration = Duration::from_secs(3);
 /// How long an order is pursued; one to stop longer, because nobody will ask again.
 const ORDER: Duration = Duration::from_secs(5);
-const STOP: Duration = Duration::from_secs(10);
+const STOP: Duration = Duration::from_secs(30);
 /// One to leave a host path that has failed: tried later and later, because each try stops programs in vain.
 const PURSUIT: Duration = Duration::from_secs(60);
 /// Between two tries: doubled from the first to the last. Other orders do not wait longer than `ORDER_RETRY`.
@@ -44,6 +46,9 @@ const LAST_RETRY: Duration = Duration::from_secs(5);
 const ORDER_RETRY: Duration = Duration::from_millis(100);
 /// Between two times that a follower asks its decider.
 const ASK_AGAIN: Duration = Duration::from_millis(500);
+/// The most attempts that this router leads at once: each needs connections of its own, until it is over. Enough for the
+/// forwarder to move many together.
+const MAX_ATTEMPTS: usize = 512;
 /// The most connections that are kept. More are left alone, counted.
 const MAX_FLOWS: usize = 1 << 16;
 
@@ -101,7 +106,7 @@ pub enum Event {
     Stalled(HashMap<u64, u32>),
     ForwarderUp,
     ForwarderDown,
-    Prepared(ConnId),
+    Prepared(ConnId, Holder),
     Refused(ConnId, Refusal),
     Ended(ConnId, Outcome),
     /// From our forwarder to the one at the other end.
@@ -127,17 +132,20 @@ pub enum Event {
 pub enum Action {
     /// To our forwarder; no descriptors go with it.
     Forwarder(Request),
-    /// To our forwarder, with the host socket of this connection if it is `ToHost`.
+    /// To our forwarder, with the host socket of this connection if it is `ToHost`. `with`: who holds the other end, if
+    /// it may be moved together with others.
     Move {
         conn: ConnId,
         role: Role,
         manner: Manner,
         names: Names,
+        with: Option<OtherEnd>,
     },
     /// Likewise, with both host sockets.
     MoveLocal {
         conn: ConnId,
         names: [Names; 2],
+        alone: bool,
     },
     /// Connect to the follower's host, with a host socket of this family; the answer is [`Event::Path`].
     Connect {
@@ -152,6 +160,7 @@ pub enum Action {
         attempted: Attempted,
         host: Option<Family>,
         peer: PeerAddress,
+        holder: Holder,
     },
     /// Make a connection within this host, for these families. The answer is [`Event::Path`].
     ConnectLocal {
@@ -197,6 +206,9 @@ pub struct Ledger {
     peers: BTreeMap<PeerAddress, bool>,
     forwarder_is_up: bool,
     stopping: Option<Stopping>,
+    /// Attempts under way that we lead, and who waits for one of them to end.
+    attempts: usize,
+    line: VecDeque<Tuple>,
     counts: Counts,
     numbers: u64,
     now: Instant,
@@ -219,6 +231,8 @@ impl Ledger {
             peers: BTreeMap::new(),
             forwarder_is_up: false,
             stopping: None,
+            attempts: 0,
+            line: VecDeque::new(),
             counts: Counts::default(),
             numbers: seed,
             now,
@@ -240,7 +254,7 @@ impl Ledger {
                 self.consider_all();
             }
             Event::ForwarderDown => self.forwarder_down(),
-            Event::Prepared(conn) => self.step_conn(conn, Input::Prepared),
+            Event::Prepared(conn, holder) => self.prepared(conn, holder),
             Event::Refused(conn, reason) => self.step_conn(conn, Input::Refused(reason)),
             Event::Ended(conn, outcome) => self.step_conn(conn, Input::Ended(outcome)),
             Event::ToPeer(conn, message) => self.relay(conn, message),

@@ -39,7 +39,7 @@ const LAST_RETRY: Duration = Duration::from_secs(2);
 /// Connections made to us. More are dropped.
 const MAX_SESSIONS: usize = 1024;
 /// Messages on their way to a peer. A peer that takes no more is lost, so that nothing is dropped from between.
-const QUEUE: usize = 4096;
+const QUEUE: usize = 1 << 18;
 
 /// What comes from the sessions.
 pub enum SessionEvent {

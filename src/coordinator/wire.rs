@@ -7,11 +7,11 @@
 
 use std::net::SocketAddr;
 
-use forwarder_api::{ConnId, Direction, MAX_UNREAD_BYTES, Refusal};
+use forwarder_api::{ConnId, Direction, Holder, MAX_UNREAD_BYTES, Refusal};
 use serde::{Deserialize, Serialize};
 
 /// Bumped with every change of [`Message`], and of what the forwarders say through it.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 pub const PREAMBLE: usize = 8;
 /// The longest frame body, in bytes: a relayed message with all the unread bytes allowed, and room for its head.
 pub const MAX_FRAME: usize = MAX_UNREAD_BYTES + (1 << 20);
@@ -101,9 +101,11 @@ pub enum Message {
         attempted: Attempted,
         reason: Refusal,
     },
+    /// `holder`: a process that has it at the follower's host, to tell which connections can be moved together.
     Accept {
         attempted: Attempted,
         rendezvous: Rendezvous,
+        holder: Holder,
     },
     /// The follower has all that the decider was to connect.
     Begin {
@@ -219,6 +221,7 @@ mod tests {
             Message::Accept {
                 attempted,
                 rendezvous: Rendezvous { host: Some((tuple.local, token)), witness: token },
+                holder: Holder(1),
             },
             Message::Begin { attempted },
             Message::Cancel { attempted, reason: Refusal::Stopping },

@@ -8,7 +8,7 @@
 mod frame;
 mod refusal;
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
@@ -16,7 +16,7 @@ pub use frame::{Frame, FrameError, MAX_FRAME};
 pub use refusal::Refusal;
 
 /// Bumped with every change of a type in this crate; both sides refuse to talk to another version.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// Unread bytes (see design: acknowledged by the kernel, not yet read by the application) that one end of a swap
 /// may carry over, in bytes. More is refused with [`Refusal::TooManyUnreadBytes`].
@@ -80,18 +80,22 @@ pub enum Request {
     /// List the TCP sockets held by processes under the cgroup with this id (inode of its directory in cgroup2),
     /// answered by [`Event::Sockets`], or not at all if it fails.
     Scan { seq: u64, cgroup_id: u64 },
-    /// Check, without stopping anything, that this socket may be moved, and keep its holders reserved for `conn`
-    /// until a transaction of it ends or [`Request::Cancel`] comes. Answered by [`Event::Prepared`] or
+    /// Check, without stopping anything, that this socket may be moved, and keep what was found until a transaction of
+    /// `conn` ends or [`Request::Cancel`] comes. Answered by [`Event::Prepared`] or
     /// [`Event::Refused`].
     Prepare { conn: ConnId, direction: Direction, target: PrepareTarget },
-    /// Run the transaction of a prepared connection, between two hosts. Carries fds, each connected to the same at the
-    /// other host, with nothing sent or received that is not consumed: `ToHost` the host socket; then the witness, over
-    /// which the two ends of the transaction agree. Answered by [`Event::Ended`].
-    Move { conn: ConnId, role: Role, manner: Manner, budget_us: u32 },
+    /// Run the transaction of a prepared connection, between two hosts, when it is its turn: each process takes part in
+    /// one at a time. Carries fds, each connected to the same at the other host, with nothing sent or received that is
+    /// not consumed: `ToHost` the host socket; then the witness, over which the two ends of the transaction agree.
+    /// Answered by [`Event::Ended`].
+    ///
+    /// A decider's connections that wait for the same processes here, and for those `with` names, are moved in one
+    /// transaction. `None`: this one alone.
+    Move { conn: ConnId, role: Role, manner: Manner, budget_us: u32, with: Option<OtherEnd> },
     /// The same for a connection whose two ends both live on this host, in one freeze. Both sockets were prepared
     /// under the same `conn`. `ToHost` carries two fds: the host sockets for `first` and `second`, connected to
-    /// each other.
-    MoveLocal { conn: ConnId, budget_us: u32 },
+    /// each other. `alone`: in a transaction of its own.
+    MoveLocal { conn: ConnId, budget_us: u32, alone: bool },
     /// What the forwarder at the other end said: the bytes of its [`Event::ToPeer`], unchanged.
     FromPeer {
         conn: ConnId,
@@ -105,6 +109,17 @@ pub enum Request {
     /// List what is parked, answered by [`Event::Parked`].
     List { seq: u64 },
 }
+
+/// Who holds the other end of a connection. For comparison only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct OtherEnd {
+    pub host: IpAddr,
+    pub holder: Holder,
+}
+
+/// One of the processes that hold a connection, by its id on its host: always the same one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Holder(pub u32);
 
 /// What [`Request::Prepare`] is about.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -144,6 +159,7 @@ pub enum Event {
     },
     Prepared {
         conn: ConnId,
+        holder: Holder,
     },
     /// The answer to a `Prepare` that is refused. Nothing was stopped or changed.
     Refused {

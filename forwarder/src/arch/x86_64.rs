@@ -26,7 +26,7 @@ use std::{arch::global_asm, time::Duration};
 pub type Regs = libc::user_regs_struct;
 
 /// Bytes of scratch memory a process is given, once: see [`scratch`].
-pub const SCRATCH_LEN: usize = 16 << 10;
+pub const SCRATCH_LEN: usize = 256 << 10;
 
 /// Where things are in the scratch memory.
 pub mod scratch {
@@ -36,17 +36,27 @@ pub mod scratch {
     pub const BYTE: u64 = 8;
     /// Two bytes to send: the words on the witness.
     pub const WORDS: u64 = 12;
-    pub const MSGHDR: u64 = 16;
-    pub const IOVEC: u64 = 72;
-    pub const CONTROL: u64 = 96;
-    /// The descriptors in the control message, `i32` each: after its 16-byte head.
-    pub const FDS: u64 = CONTROL + 16;
-    pub const MAX_FDS: usize = 16;
+    pub const IOVEC: u64 = 16;
+    /// Descriptors arrive in parts, because a control message takes 253 (SCM_MAX_FD): a `struct msghdr` for each.
+    pub const MSGHDRS: u64 = 32;
+    pub const MSGHDR_LEN: u64 = 56;
+    /// The control message of each part: a head, and its descriptors, `i32` each.
+    pub const CONTROLS: u64 = 512;
+    pub const CONTROL_LEN: u64 = CONTROL_HEAD + 4 * PART_FDS as u64;
+    pub const CONTROL_HEAD: u64 = 16;
+    pub const PART_FDS: usize = 252;
+    pub const MAX_FDS: usize = 4 * PART_FDS;
     /// `struct epoll_event`s, 12 bytes each (packed on x86_64).
-    pub const EVENTS: u64 = 256;
-    pub const MAX_EVENTS: usize = 64;
-    pub const CALLS: u64 = 1024;
+    pub const EVENTS: u64 = fd(MAX_FDS - 1) + 4;
+    pub const MAX_EVENTS: usize = 1024;
+    pub const CALLS: u64 = (EVENTS + 12 * MAX_EVENTS as u64).next_multiple_of(16);
     pub const MAX_CALLS: usize = (super::SCRATCH_LEN - CALLS as usize) / size_of::<super::Call>();
+
+    /// Where the descriptor of this number, in the order of their arrival, is.
+    pub const fn fd(index: usize) -> u64 {
+        let (part, at) = (index / PART_FDS, index % PART_FDS);
+        CONTROLS + part as u64 * CONTROL_LEN + CONTROL_HEAD + 4 * at as u64
+    }
 }
 
 /// One system call of the block. Layout known to the assembly below.
@@ -142,7 +152,7 @@ global_asm!(
     .balign 16
     .globl ebpf_router_foothold_start
 ebpf_router_foothold_start:
-    .ascii "ebpfrtr3"                         // FOOTHOLD_MAGIC
+    .ascii "ebpfrtr4"                         // FOOTHOLD_MAGIC
 foothold_scratch:        .quad 0
 foothold_shelter:        .quad 0, 0           // address and length
     thread_state foothold
@@ -290,7 +300,7 @@ unsafe extern "C" {
 }
 
 /// First bytes of a foothold: code of another layout must have another one.
-pub const FOOTHOLD_MAGIC: [u8; 8] = *b"ebpfrtr3";
+pub const FOOTHOLD_MAGIC: [u8; 8] = *b"ebpfrtr4";
 
 fn offset_of_symbol(symbol: *const u8) -> u64 {
     symbol as u64 - &raw const ebpf_router_foothold_start as u64

@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::*;
-use crate::{alarm::Alarms, inspect::Programs};
+use crate::{alarm::Alarms, holders::Listing, inspect::Programs};
 
 struct Echo {
     child: Child,
@@ -49,8 +49,8 @@ impl Echo {
             Echo { child, client, programs, holders: Holders { tgids: vec![], tables: vec![] }, old };
         echo.says_back(b"before");
         let facts = echo.facts(echo.old.as_fd());
-        echo.holders =
-            Holders::of(facts.file, &echo.programs.descriptors().unwrap(), Tgid(std::process::id() as i32));
+        let own = Tgid(std::process::id() as i32);
+        echo.holders = Listing::new(echo.programs.descriptors().unwrap(), own).holders(facts.file);
         echo
     }
 
@@ -96,7 +96,10 @@ fn a_process_goes_on_with_the_new_socket_under_all_its_descriptors() {
     let (mut client, server) = pair();
     let mut frozen = echo.freeze();
     let pairs = [echo.substitution(server.as_fd(), b"")];
-    Armed::arm(&mut frozen, &pairs, Deal::Within, soon()).unwrap().install(&mut frozen, &pairs).unwrap();
+    Armed::arm(&mut frozen, &pairs, Deal::Within, soon())
+        .unwrap()
+        .install(&mut frozen, &[server.as_fd()])
+        .unwrap();
     frozen.thaw();
     says_back(&mut client, b"after");
     // Standard input, standard output, and our own.
@@ -111,7 +114,10 @@ fn carried_bytes_are_the_first_on_the_new_socket() {
     let mut frozen = echo.freeze();
     let carry: Vec<u8> = (0..3_000_000u32).map(|n| n as u8).collect();
     let pairs = [echo.substitution(server.as_fd(), &carry)];
-    Armed::arm(&mut frozen, &pairs, Deal::Within, soon()).unwrap().install(&mut frozen, &pairs).unwrap();
+    Armed::arm(&mut frozen, &pairs, Deal::Within, soon())
+        .unwrap()
+        .install(&mut frozen, &[server.as_fd()])
+        .unwrap();
     drop(frozen);
     let mut received = vec![0; carry.len()];
     client.read_exact(&mut received).unwrap();
@@ -139,7 +145,10 @@ fn the_same_process_can_be_moved_many_times() {
         let (client, server) = pair();
         let mut frozen = echo.freeze();
         let pairs = [echo.substitution(server.as_fd(), b"")];
-        Armed::arm(&mut frozen, &pairs, Deal::Within, soon()).unwrap().install(&mut frozen, &pairs).unwrap();
+        Armed::arm(&mut frozen, &pairs, Deal::Within, soon())
+            .unwrap()
+            .install(&mut frozen, &[server.as_fd()])
+            .unwrap();
         drop(frozen);
         echo.client = client;
         echo.old = server.into();

@@ -1,85 +1,93 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Both ends of a connection are on this host: one freeze, one gate, no protocol.
+//! Both ends of each connection are on this host: one freeze, one gate, no protocol.
 
 use std::{
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     time::{Duration, Instant},
 };
 
-use forwarder_api::{Direction, MAX_UNREAD_BYTES, Moved, Outcome, Refusal};
+use forwarder_api::{Direction, MAX_UNREAD_BYTES, Moved, Refusal};
 
-use super::{Finished, Running, SETTLE_POLL, Times, aborted, socket_inode};
+use super::{Finished, Member, Over, SETTLE_POLL, Times, socket_inode};
 use crate::{
     alarm::Alarms,
-    exchange::{self, Armed, Deal, discard, facts_while_frozen},
+    exchange::{self, Armed, Deal, SMALL_UNREAD, Substitution, discard, facts_while_frozen},
     freeze::Frozen,
     inspect::{Inspector, SocketFacts},
     options::ReceiveRoom,
-    site::{Parked, Prepared, PreparedEnd, Site, report, tgids_of},
-    transaction::{Look, Relation, relation},
+    process,
+    site::{Parked, PreparedEnd, Site, report, tgids_of},
+    transaction::{Look, Relation, relation, worst},
 };
 
 struct Local<'a> {
     site: &'a Site,
-    ends: [&'a PreparedEnd; 2],
-    new: [&'a OwnedFd; 2],
+    /// Two for each connection, beside each other.
+    ends: Vec<&'a PreparedEnd>,
+    new: Vec<BorrowedFd<'a>>,
     budget: Duration,
     times: Times,
     threads: u32,
     /// Bytes that the application of each end had not read.
-    unread: [usize; 2],
+    unread: Vec<usize>,
 }
 
-/// Move both ends, from the first look to the thaw.
-pub fn run_local(site: &Site, mut prepared: Prepared, new: Vec<OwnedFd>, budget: Duration) -> Finished {
-    let ends = std::mem::take(&mut prepared.ends);
-    let ([first, second], [new_first, new_second]) = (&ends[..], &new[..]) else {
-        return Finished { outcome: aborted(Refusal::HostPathFailed, 0), parked: None };
-    };
+/// Move both ends of each, from the first look to the thaw.
+pub fn run_local(site: &Site, members: Vec<Member>, budget: Duration) -> Finished {
     let mut local = Local {
         site,
-        ends: [first, second],
-        new: [new_first, new_second],
+        ends: members.iter().flat_map(|member| &member.prepared.ends).collect(),
+        new: members.iter().flat_map(|member| &member.new).map(OwnedFd::as_fd).collect(),
         budget,
         times: Times::default(),
         threads: 0,
-        unread: [0; 2],
+        unread: Vec::new(),
     };
-    let result = local.run();
+    let mut gate_opened = false;
+    let result = local.run(&mut gate_opened);
+    let processes = tgids_of(local.ends.iter().copied()).len() as u32;
     let Local { times, threads, unread, .. } = local;
     if let Err(reason) = result {
-        return Finished { outcome: aborted(reason, times.pause_us()), parked: None };
+        return Finished::Aborted { members, reason, pause_us: times.pause_us(), afresh: !gate_opened };
     }
+    let common = Moved { threads, processes, ..times.moved() };
+    let over = |(member, unread): (Member, &[usize])| over(member, unread, &common);
+    Finished::Moved(members.into_iter().zip(unread.chunks_exact(2)).map(over).collect())
+}
+
+fn over(mut member: Member, unread: &[usize], common: &Moved) -> Over {
+    let ends = std::mem::take(&mut member.prepared.ends);
     let moved = Moved {
         unread_bytes: unread.iter().sum::<usize>() as u64,
-        threads,
-        processes: tgids_of(&ends).len() as u32,
         fds: ends.iter().map(|end| end.holders.fds() as u32).sum(),
-        sockets: new.iter().filter_map(socket_inode).collect(),
-        ..times.moved()
+        sockets: member.new.iter().filter_map(socket_inode).collect(),
+        ..common.clone()
     };
-    let discarded = ends.iter().zip(unread).all(|(end, unread)| discard(end.old.as_fd(), unread));
-    let parked = match prepared.direction {
+    let discarded = ends.iter().zip(unread).all(|(end, unread)| discard(end.old.as_fd(), *unread));
+    let parked = match member.prepared.direction {
         Direction::ToHost if !discarded => None,
         Direction::ToHost => Some(Parked {
             overlay: ends.into_iter().map(|end| end.old).collect(),
             host: moved.sockets.clone(),
-            note: std::mem::take(&mut prepared.note),
+            note: std::mem::take(&mut member.prepared.note),
             moved: moved.clone(),
         }),
         Direction::ToOverlay => {
-            prepared.parked = None;
+            member.prepared.parked = None;
             None
         }
     };
-    Finished { outcome: Outcome::Moved(moved), parked }
+    Over { prepared: member.prepared, moved, parked }
 }
 
 impl Local<'_> {
-    fn run(&mut self) -> Result<(), Refusal> {
+    fn run(&mut self, gate_opened: &mut bool) -> Result<(), Refusal> {
         let inspector = self.site.programs.inspector().map_err(report)?;
-        let tgids = tgids_of(self.ends);
-        let _room = self.site.rooms.promise(tgids.len())?;
+        let tgids = tgids_of(self.ends.iter().copied());
+        if process::any_share_memory(&tgids) {
+            return Err(Refusal::SharedMemory);
+        }
+        let _room = self.site.rooms.promise(tgids.len(), self.ends.len())?;
         let alarms = Alarms::look(&inspector, &tgids);
         let deadline = Instant::now() + self.budget;
         self.times.began = Some(Instant::now());
@@ -88,7 +96,7 @@ impl Local<'_> {
         let mut frozen = frozen?;
         self.times.frozen = Some(Instant::now());
         self.threads = frozen.threads() as u32;
-        let result = self.exchange(&mut frozen, &inspector, deadline);
+        let result = self.exchange(&mut frozen, &inspector, deadline, gate_opened);
         self.times.thawed = Some(frozen.thaw());
         result
     }
@@ -98,29 +106,65 @@ impl Local<'_> {
         frozen: &mut Frozen,
         inspector: &Inspector,
         deadline: Instant,
+        gate_opened: &mut bool,
     ) -> Result<(), Refusal> {
-        let [first, second] = self.ends;
-        let _rooms = [
-            ReceiveRoom::make(first.old.as_fd(), MAX_UNREAD_BYTES)?,
-            ReceiveRoom::make(second.old.as_fd(), MAX_UNREAD_BYTES)?,
-        ];
-        let (facts, looks) = self.settle(frozen, inspector, deadline)?;
-        self.times.settled = Some(Instant::now());
-        let unread_of = |index: usize| match &looks[index].unread {
-            Some(bytes) => Ok(bytes.clone()),
-            None => exchange::look(self.ends[index].old.as_fd(), &facts[index], true)
-                .map(|look| look.unread.unwrap_or_default()),
+        let (facts, mut looks, _rooms) = match self.look(frozen, inspector)? {
+            (facts, looks, Relation::Settled) => (facts, looks, vec![]),
+            (_, _, Relation::InFlight) => {
+                let old = self.ends.iter().map(|end| end.old.as_fd());
+                let rooms: Result<Vec<ReceiveRoom<'_>>, Refusal> =
+                    old.map(|old| ReceiveRoom::make(old, MAX_UNREAD_BYTES)).collect();
+                let (facts, looks) = self.settle(frozen, inspector, deadline)?;
+                (facts, looks, rooms?)
+            }
+            (_, _, Relation::Strangers) => return Err(Refusal::NotTheSameConnection),
         };
-        let (for_first, for_second) = (unread_of(0)?, unread_of(1)?);
-        self.unread = [for_first.len(), for_second.len()];
-        // What one end has not read arrives there when the other end's new socket sends it.
-        let pairs = [
-            Running::substitution(first, self.new[0], &facts[0], for_second),
-            Running::substitution(second, self.new[1], &facts[1], for_first),
-        ];
-        Armed::arm(frozen, &pairs, Deal::Within, deadline)?.install(frozen, &pairs)?;
+        self.times.settled = Some(Instant::now());
+        self.unread = facts.iter().map(|facts| facts.unread_bytes() as usize).collect();
+        for ((end, facts), look) in self.ends.iter().zip(&facts).zip(&mut looks) {
+            if look.unread.is_none() {
+                *look = exchange::look(end.old.as_fd(), facts, MAX_UNREAD_BYTES)?;
+            }
+        }
+        let pairs: Vec<Substitution<'_>> = (0..self.ends.len())
+            .map(|index| {
+                // What one end has not read arrives there when the other end's new socket sends it.
+                let carry = looks[index ^ 1].unread.take().unwrap_or_default();
+                let (end, new) = (self.ends[index], self.new[index]);
+                let holders = &end.holders;
+                Substitution {
+                    old: end.old.as_fd(),
+                    new,
+                    facts: facts[index].clone(),
+                    holders,
+                    v6: end.v6,
+                    carry,
+                }
+            })
+            .collect();
+        let armed = Armed::arm(frozen, &pairs, Deal::Within, deadline)?;
+        *gate_opened = true;
+        armed.install(frozen, &self.new)?;
         self.times.installed = Some(Instant::now());
         Ok(())
+    }
+
+    fn look(
+        &self,
+        frozen: &Frozen,
+        inspector: &Inspector,
+    ) -> Result<(Vec<SocketFacts>, Vec<Look>, Relation), Refusal> {
+        let facts = facts_while_frozen(self.ends.iter().copied(), frozen, inspector)?;
+        if facts.iter().map(SocketFacts::unread_bytes).sum::<u64>() > MAX_UNREAD_BYTES as u64 {
+            return Err(Refusal::TooManyUnreadBytes);
+        }
+        let looks = self.ends.iter().zip(&facts);
+        let few = SMALL_UNREAD / facts.len().max(1);
+        let looks: Result<Vec<Look>, Refusal> =
+            looks.map(|(end, facts)| exchange::look(end.old.as_fd(), facts, few)).collect();
+        let looks = looks?;
+        let relation = worst(looks.chunks_exact(2).map(|pair| relation(&pair[0], &pair[1])));
+        Ok((facts, looks, relation))
     }
 
     /// Until nothing is in flight.
@@ -129,22 +173,13 @@ impl Local<'_> {
         frozen: &Frozen,
         inspector: &Inspector,
         deadline: Instant,
-    ) -> Result<([SocketFacts; 2], [Look; 2]), Refusal> {
-        let [first, second] = self.ends;
+    ) -> Result<(Vec<SocketFacts>, Vec<Look>), Refusal> {
         loop {
-            let facts = [
-                facts_while_frozen(first, frozen, inspector)?,
-                facts_while_frozen(second, frozen, inspector)?,
-            ];
-            let looks = [
-                exchange::look(first.old.as_fd(), &facts[0], false)?,
-                exchange::look(second.old.as_fd(), &facts[1], false)?,
-            ];
-            match relation(&looks[0], &looks[1]) {
-                Relation::Settled => return Ok((facts, looks)),
-                Relation::Strangers => return Err(Refusal::NotTheSameConnection),
-                Relation::InFlight if Instant::now() >= deadline => return Err(Refusal::NotSettled),
-                Relation::InFlight => std::thread::sleep(SETTLE_POLL),
+            match self.look(frozen, inspector)? {
+                (facts, looks, Relation::Settled) => return Ok((facts, looks)),
+                (_, _, Relation::Strangers) => return Err(Refusal::NotTheSameConnection),
+                (_, _, Relation::InFlight) if Instant::now() >= deadline => return Err(Refusal::NotSettled),
+                (_, _, Relation::InFlight) => std::thread::sleep(SETTLE_POLL),
             }
         }
     }

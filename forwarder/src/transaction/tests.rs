@@ -193,7 +193,7 @@ impl Transaction {
             Action::FreezeAndSave => here.doing = Doing::Saving,
             Action::LookAgain { .. } => here.doing = Doing::Looking,
             Action::Arm { carry } => {
-                here.loaded = carry;
+                here.loaded = carry.concat();
                 here.doing = Doing::Arming;
             }
             Action::OpenGate => {
@@ -207,11 +207,12 @@ impl Transaction {
             }
             Action::AwaitCommit => here.awaiting_commit = true,
             Action::CloseNew => here.holds_new = false,
+            Action::CloseWitness => here.holds_witness = false,
             Action::Thaw => here.frozen = false,
             Action::End(result) => {
-                here.holds_witness = false;
-                // The overlay connection is parked again if it was not taken.
-                here.holds_new &= result.is_err() && self.direction == Direction::ToOverlay;
+                // For another attempt, if nobody had opened a gate.
+                here.holds_new &= result.is_err();
+                here.holds_witness &= result.is_err();
                 here.awaiting_commit = false;
                 here.result = Some(result);
             }
@@ -363,14 +364,14 @@ impl Model for Transaction {
                     (Doing::Calming, _) => Event::Calm,
                     (Doing::Freezing, true) => {
                         here.frozen = true;
-                        Event::Frozen(look)
+                        Event::Frozen(vec![look])
                     }
                     (Doing::Saving, true) => {
                         here.frozen = true;
-                        Event::Saved(queue)
+                        Event::Saved(vec![queue])
                     }
                     (Doing::Freezing | Doing::Saving, false) => Event::FreezeFailed(Refusal::FreezeBudget),
-                    (Doing::Looking, _) => Event::Looked(look),
+                    (Doing::Looking, _) => Event::Looked(vec![look]),
                     (Doing::Arming, true) => {
                         here.block = Block::AtGate;
                         Event::Armed
@@ -572,8 +573,26 @@ fn a_peer_that_was_let_go_without_our_hearing_of_it_is_no_stranger() {
     let mut end = End::new(Role::Follower, Direction::ToHost, Manner::Settle);
     end.step(Event::Start);
     end.step(Event::Peer(Message::Freeze));
-    end.step(Event::Peer(Message::Look(look(200, 90))));
-    end.step(Event::Frozen(look(100, 190)));
-    let actions = end.step(Event::Looked(look(100, 201)));
+    end.step(Event::Peer(Message::Looks(vec![look(200, 90)])));
+    end.step(Event::Frozen(vec![look(100, 190)]));
+    let actions = end.step(Event::Looked(vec![look(100, 201)]));
     assert!(actions.contains(&Action::End(Err(Refusal::PeerAborted))), "{actions:?}");
+}
+
+fn looks_of_batch(mine: &[(u32, u32)], theirs: &[(u32, u32)], expected: Relation) {
+    let looks = |all: &[(u32, u32)]| -> Vec<Look> {
+        all.iter()
+            .map(|(write_seq, rcv_nxt)| Look { write_seq: *write_seq, rcv_nxt: *rcv_nxt, unread: None })
+            .collect()
+    };
+    assert_eq!(relation_of_all(&looks(mine), &looks(theirs)), expected, "{mine:?} {theirs:?}");
+}
+
+#[test]
+fn a_batch_is_settled_when_each_of_its_connections_is() {
+    let (settled, in_flight, strangers) = ((200, 100), (200, 90), (200, 101));
+    looks_of_batch(&[(100, 200), (100, 200)], &[settled, settled], Relation::Settled);
+    looks_of_batch(&[(100, 200), (100, 200)], &[settled, in_flight], Relation::InFlight);
+    looks_of_batch(&[(100, 200), (100, 200)], &[in_flight, strangers], Relation::Strangers);
+    looks_of_batch(&[(100, 200), (100, 200)], &[settled], Relation::Strangers);
 }

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Moves under way, from the first question to the forwarder to what came of them.
 
-use forwarder_api::{ConnId, Direction, Manner, Moved, PrepareTarget, Refusal, Request};
+use forwarder_api::{
+    ConnId, Direction, Holder, Manner, Moved, OtherEnd, PrepareTarget, Refusal, Request, Role,
+};
 
 use super::{
-    Action, Attempt, Attempted, Cause, FIRST_RETRY, Flow, Home, Input, LAST_RETRY, Ledger, Message, Names,
-    Negotiation, Next, Note, ORDER_RETRY, OnHost, Output, Part, Path, PeerAddress, PeerSays, STEP, Tuple,
+    Action, Attempt, Attempted, Cause, FIRST_RETRY, Flow, Home, Input, LAST_RETRY, Ledger, MAX_ATTEMPTS,
+    Message, Names, Negotiation, Next, Note, ORDER_RETRY, OnHost, Output, Part, Path, PeerAddress, PeerSays,
+    STEP, Tuple,
 };
 
 impl Ledger {
@@ -19,7 +22,9 @@ impl Ledger {
     ) {
         let (negotiation, outputs) = Negotiation::start(part, direction);
         let Some(flow) = self.flows.get_mut(&tuple) else { return };
-        flow.attempt = Some(Attempt { negotiation, cause, number, rendezvous: None });
+        flow.attempt =
+            Some(Attempt { negotiation, cause, number, rendezvous: None, holder: None, other_holder: None });
+        self.attempts += usize::from(part != Part::Follower);
         self.set_alarm(tuple, self.now + STEP);
         for output in outputs {
             self.carry_out(tuple, output);
@@ -77,7 +82,8 @@ impl Ledger {
             Output::Offer => tell(Message::Offer { attempted, tuple, direction, cause }),
             Output::Accept => {
                 let host = (direction == Direction::ToHost).then_some(flow.family());
-                peer.map(|peer| Action::Accept { attempted, host, peer })
+                let holder = attempt.holder.unwrap_or_default();
+                peer.map(|peer| Action::Accept { attempted, host, peer, holder })
             }
             Output::Begin => tell(Message::Begin { attempted }),
             Output::Refuse(reason) => tell(Message::Refuse { attempted, reason }),
@@ -97,10 +103,14 @@ impl Ledger {
             Output::Move(role) => {
                 // Both routers know the cause, from the offer.
                 let manner = if cause == Cause::HostPath { Manner::Salvage } else { Manner::Settle };
-                Some(Action::Move { conn, role, manner, names: names(tuple) })
+                // What was refused is tried alone: it shall not hold others back.
+                let other = |host| OtherEnd { host, holder: attempt.other_holder.unwrap_or_default() };
+                let with = peer.filter(|_| role == Role::Follower || flow.failures == 0).map(other);
+                Some(Action::Move { conn, role, manner, names: names(tuple), with })
             }
             Output::MoveLocal => {
-                Some(Action::MoveLocal { conn, names: [names(tuple), names(tuple.reversed())] })
+                let names = [names(tuple), names(tuple.reversed())];
+                Some(Action::MoveLocal { conn, names, alone: flow.failures > 0 })
             }
             Output::CancelForwarder(reason) => {
                 self.act(Action::DropPath(conn));
@@ -129,6 +139,7 @@ impl Ledger {
         let Some(attempt) = flow.attempt.take() else { return };
         flow.tried = self.now;
         let Negotiation { part, direction, .. } = attempt.negotiation;
+        self.attempts -= usize::from(part != Part::Follower);
         let conn = flow.conn;
         self.clear_alarm(tuple);
         self.act(Action::Report { conn, tuple, direction, result: result.clone() });
@@ -144,6 +155,28 @@ impl Ledger {
                 }
             }
             Err(reason) => self.not_moved(tuple, &attempt, reason),
+        }
+        self.next_in_line();
+    }
+
+    pub(super) fn prepared(&mut self, conn: ConnId, holder: Holder) {
+        let tuple = self.conns.get(&conn).copied();
+        let flow = tuple.and_then(|tuple| self.flows.get_mut(&tuple));
+        if let Some(attempt) = flow.and_then(|flow| flow.attempt.as_mut()) {
+            attempt.holder = Some(holder);
+        }
+        self.step_conn(conn, Input::Prepared);
+    }
+
+    /// As many as there is room for.
+    fn next_in_line(&mut self) {
+        while self.attempts < MAX_ATTEMPTS
+            && let Some(tuple) = self.line.pop_front()
+        {
+            if let Some(flow) = self.flows.get_mut(&tuple) {
+                flow.in_line = false;
+                self.consider(tuple);
+            }
         }
     }
 

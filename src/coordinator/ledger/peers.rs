@@ -81,9 +81,10 @@ impl Ledger {
             Message::Refuse { attempted, reason } => {
                 self.step_peer(peer, attempted, Input::PeerRefuses(reason));
             }
-            Message::Accept { attempted, rendezvous } => {
+            Message::Accept { attempted, rendezvous, holder } => {
                 if let Some(attempt) = self.attempt_with(peer, attempted) {
                     attempt.rendezvous = Some(rendezvous);
+                    attempt.other_holder = Some(holder);
                     self.step_peer(peer, attempted, Input::PeerAccepts);
                 }
             }

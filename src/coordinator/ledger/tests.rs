@@ -70,7 +70,7 @@ impl World {
             Action::Forwarder(Request::Prepare { conn, .. }) => {
                 let answer = match self.refusals[host].pop_front() {
                     Some(reason) => Event::Refused(conn, reason),
-                    None => Event::Prepared(conn),
+                    None => Event::Prepared(conn, Holder(1)),
                 };
                 self.queue.push_back((host, answer));
             }
@@ -88,7 +88,7 @@ impl World {
                 let token = Token([7; TOKEN]);
                 let rendezvous =
                     Rendezvous { host: Some(("192.0.2.1:5".parse().unwrap(), token)), witness: token };
-                let message = Message::Accept { attempted, rendezvous };
+                let message = Message::Accept { attempted, rendezvous, holder: Holder(1) };
                 self.queue.push_back((other, Event::Peer(addresses()[host], message)));
             }
             Action::Connect { conn, .. } => {

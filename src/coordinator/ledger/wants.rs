@@ -6,8 +6,8 @@ use std::time::Duration;
 use forwarder_api::{Direction, Refusal};
 
 use super::{
-    ASK_AGAIN, Action, Attempt, Cause, Flow, Home, Input, Ledger, Message, ORDER, Order, Part, PeerSays,
-    STOP, Stopping, Tuple,
+    ASK_AGAIN, Action, Attempt, Cause, Flow, Home, Input, Ledger, MAX_ATTEMPTS, Message, ORDER, Order, Part,
+    PeerSays, STOP, Stopping, Tuple,
 };
 
 impl Ledger {
@@ -144,12 +144,20 @@ impl Ledger {
                 self.act(Action::Tell(peer, Message::Ask { tuple, direction, cause }));
                 self.set_alarm(tuple, self.now + ASK_AGAIN);
             }
+            (_, Some(_)) if self.attempts >= MAX_ATTEMPTS => self.wait_in_line(tuple),
             (_, Some(part)) => {
                 let number = self.number();
                 self.start(tuple, part, direction, cause, number);
             }
             (Home::Nowhere(reason), None) => self.order_failed(tuple, reason),
             (Home::Peer(_) | Home::SameHost, None) => {}
+        }
+    }
+
+    fn wait_in_line(&mut self, tuple: Tuple) {
+        let Some(flow) = self.flows.get_mut(&tuple) else { return };
+        if !std::mem::replace(&mut flow.in_line, true) {
+            self.line.push_back(tuple);
         }
     }
 
