@@ -22,6 +22,7 @@ use std::{io::Write, net::IpAddr, process::ExitCode};
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::sync::mpsc;
 
 use control::ControlSocket;
@@ -85,8 +86,15 @@ fn start<F: Future<Output = Result<()>>>(settings: Settings, what: impl FnOnce(S
     // What libbpf prints explains our own errors, and is expected where fexit programs are tried in vain.
     libbpf_rs::set_print(Some((libbpf_rs::PrintLevel::Debug, |_, text| log::debug!("{}", text.trim_end()))));
     heap::return_large_buffers();
+    raise_descriptor_limit().context("raising RLIMIT_NOFILE")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(what(settings))
+}
+
+/// Each move needs connections of its own for a while. The usual limit is for programs that use select(2).
+fn raise_descriptor_limit() -> nix::Result<()> {
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most)
 }
 
 async fn run(settings: Settings) -> Result<()> {
