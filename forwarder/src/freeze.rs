@@ -32,6 +32,9 @@ use crate::{
 
 /// How long to sleep between two looks at threads that do not stand still yet.
 const POLL: Duration = Duration::from_micros(20);
+/// One thread is looked at without a pause for so long, and then with pauses of so much.
+const SPIN: Duration = Duration::from_micros(5);
+const NAP: Duration = Duration::from_micros(5);
 /// How long a thread that did not stop in time is waited for, to be put right.
 const LATE: Duration = Duration::from_secs(1);
 
@@ -508,12 +511,20 @@ pub fn go_on(request: libc::c_uint, tid: Tid, signal: i32) -> Result<(), Refusal
 
 /// Wait for the next stop of a thread.
 pub fn wait_for_stop(tid: Tid, deadline: Instant) -> Result<Stop, Refusal> {
+    let began = Instant::now();
     loop {
         match stop_of(tid) {
             Some(Stop::Gone) => return Err(Refusal::HolderVanished),
             Some(stop) => return Ok(stop),
-            None if Instant::now() >= deadline => return Err(Refusal::FreezeBudget),
-            None => std::hint::spin_loop(),
+            None => {}
+        }
+        let now = Instant::now();
+        if now >= deadline {
+            return Err(Refusal::FreezeBudget);
+        }
+        // It may need the very CPU that we are on.
+        if now.duration_since(began) > SPIN {
+            std::thread::sleep(NAP);
         }
     }
 }

@@ -361,8 +361,8 @@ enum End {
     Left,
 }
 
-/// What a thread needs at most to get from the last report of its block into its last wait.
-const STRIDE: Duration = Duration::from_micros(50);
+/// What a thread needs to get from the last report of its block into its last wait; doubled if it did not get there.
+const STRIDE: Duration = Duration::from_micros(10);
 
 /// And where many others want to run: a thread that is interrupted before its turn has come gets nowhere.
 const LONGEST_STRIDE: Duration = Duration::from_millis(20);

@@ -112,12 +112,16 @@ pub fn socket_inode(tid: Tid, fd: RemoteFd) -> Option<u64> {
     link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
 }
 
-/// Let the calling thread run before others: processes stand still while it works. Without CAP_SYS_NICE it takes its
-/// turn, and they stand still for longer on a busy machine.
+/// Let the calling thread run before others, and sleep for no longer than it wants: processes stand still while it works.
+/// Without CAP_SYS_NICE it takes its turn, and they stand still for longer on a busy machine.
 pub fn hurry() {
     const FIRST: libc::c_int = -20;
-    // SAFETY: setpriority(2) takes integers; zero is the calling thread.
-    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, FIRST) };
+    const SLACK_NS: libc::c_ulong = 1;
+    // SAFETY: setpriority(2) and prctl(2) take integers here; zero is the calling thread.
+    unsafe {
+        libc::setpriority(libc::PRIO_PROCESS, 0, FIRST);
+        libc::prctl(libc::PR_SET_TIMERSLACK, SLACK_NS);
+    }
 }
 
 /// Do two of these processes have one memory (CLONE_VM)? By kcmp(2), KCMP_VM.

@@ -192,9 +192,12 @@ impl Session {
         }
     }
 
-    /// One listing for all that are asked about meanwhile: it takes milliseconds.
+    /// One listing for all that are asked about meanwhile: on a host with many descriptors it takes milliseconds.
     fn prepare_all(&self) {
+        let mut took = Duration::ZERO;
         loop {
+            // Not more than a third of the time.
+            thread::sleep(2 * took);
             let asked = {
                 let mut book = locked(&self.book);
                 if book.asked.is_empty() {
@@ -203,7 +206,10 @@ impl Session {
                 }
                 std::mem::take(&mut book.asked)
             };
-            match self.site.listing() {
+            let began = Instant::now();
+            let listing = self.site.listing();
+            took = began.elapsed();
+            match listing {
                 Ok(listing) => {
                     for (conn, direction, target) in asked {
                         self.prepared(conn, self.site.prepare(conn, direction, target, &listing));
