@@ -14,6 +14,9 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
 #define TCP_LISTEN 10
 
+/* So many threads may have ended, and not been reaped, before the first that lives. */
+#define MAX_ENDED_THREADS 64
+
 /* One slot for each transaction thread of the forwarder. */
 #define MAX_SLOTS 64
 
@@ -30,6 +33,13 @@ struct {
 	__type(key, __u32);
 	__type(value, struct table_facts);
 } tables SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, MAX_SLOTS);
+	__type(key, __u32);
+	__type(value, struct fd_facts);
+} fds SEC(".maps");
 
 /* Makes libbpf-cargo write the type of the iterator's records. */
 struct descriptor _descriptor = {};
@@ -134,6 +144,24 @@ int inspect_socket(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
+/* The descriptor table of a process: a leader that has ended before its threads has none any more. */
+static __always_inline struct files_struct *table_of(struct task_struct *leader)
+{
+	struct signal_struct *signal = BPF_CORE_READ(leader, signal);
+	struct list_head *head = (void *)signal + bpf_core_field_offset(struct signal_struct, thread_head);
+	struct list_head *node = BPF_CORE_READ(signal, thread_head.next);
+
+	for (int i = 0; i < MAX_ENDED_THREADS && node && node != head; i++) {
+		struct task_struct *task = (void *)node - bpf_core_field_offset(struct task_struct, thread_node);
+		struct files_struct *table = BPF_CORE_READ(task, files);
+
+		if (table)
+			return table;
+		node = BPF_CORE_READ(node, next);
+	}
+	return NULL;
+}
+
 /* As above; args[0] is a pidfd. */
 SEC("raw_tp")
 int inspect_table(struct bpf_raw_tracepoint_args *ctx)
@@ -145,9 +173,41 @@ int inspect_table(struct bpf_raw_tracepoint_args *ctx)
 
 	if (!facts || !task)
 		return 1;
-	table = BPF_CORE_READ(task, files);
+	table = table_of(task);
 	facts->table = (__u64)table;
 	facts->users = table ? BPF_CORE_READ(table, count.counter) : 0;
+	return 0;
+}
+
+static __always_inline int anonymous_kind(struct file *file);
+
+/* As above; args[2] is a descriptor of the process behind the pidfd. */
+SEC("raw_tp")
+int inspect_fd(struct bpf_raw_tracepoint_args *ctx)
+{
+	__u32 slot = ctx->args[1], fd = ctx->args[2];
+	struct fd_facts *facts = bpf_map_lookup_elem(&fds, &slot);
+	struct task_struct *task = task_of_pidfd(ctx->args[0]);
+	unsigned long bits = 0;
+	struct file *file = NULL;
+	struct files_struct *table;
+	struct fdtable *fdt;
+
+	if (!facts || !task)
+		return 1;
+	__builtin_memset(facts, 0, sizeof(*facts));
+	table = table_of(task);
+	fdt = table ? BPF_CORE_READ(table, fdt) : NULL;
+	if (!fdt || fd >= BPF_CORE_READ(fdt, max_fds))
+		return 1;
+	bpf_probe_read_kernel(&file, sizeof(file), BPF_CORE_READ(fdt, fd) + fd);
+	if (!file)
+		return 1;
+	bpf_probe_read_kernel(&bits, sizeof(bits), BPF_CORE_READ(fdt, close_on_exec) + fd / 64);
+	facts->file = (__u64)file;
+	facts->close_on_exec = bits >> (fd % 64) & 1;
+	if (anonymous_kind(file) == KIND_EPOLL)
+		facts->epoll = (__u64)BPF_CORE_READ(file, private_data);
 	return 0;
 }
 

@@ -53,6 +53,14 @@ struct table_facts {
 	__u32 padding;
 };
 
+/* A descriptor of that process: the open file behind it, and its epoll set if it is one. `file` is zero if it is closed. */
+struct fd_facts {
+	__u64 file;
+	__u64 epoll;
+	__u32 close_on_exec;
+	__u32 padding;
+};
+
 /* One descriptor somewhere on this machine: a TCP socket, an epoll set or an io_uring. */
 struct descriptor {
 	__u64 file;

@@ -22,8 +22,8 @@ use crate::{
     freeze::Frozen,
     holders::{Descriptors, Holders, Table, plan},
     inject::{Block, Carried, Done, Gate, Lend, RECOVERY, channel},
-    inspect::{InspectError, Inspector, SocketFacts},
-    options::{self, SendRoom},
+    inspect::{FdFacts, InspectError, Inspector, SocketFacts},
+    options::{Options, SendRoom},
     process::{self, RemoteFd, Tgid},
     site::{PreparedEnd, may_be_moved},
     table::{Plan, Rank, Silence, Verdict},
@@ -43,17 +43,18 @@ pub fn facts_while_frozen<'a>(
     inspector: &Inspector,
 ) -> Result<Vec<SocketFacts>, Refusal> {
     let facts: Result<Vec<SocketFacts>, Refusal> =
-        ends.clone().into_iter().map(|end| facts_of(end, inspector)).collect();
+        ends.clone().into_iter().map(|end| facts_of(end, frozen, inspector)).collect();
     nobody_else_uses_the_tables(ends.into_iter().map(|end| &end.holders), frozen, inspector)?;
     facts
 }
 
-fn facts_of(end: &PreparedEnd, inspector: &Inspector) -> Result<SocketFacts, Refusal> {
+fn facts_of(end: &PreparedEnd, frozen: &Frozen, inspector: &Inspector) -> Result<SocketFacts, Refusal> {
+    let live = Live { frozen, inspector };
     let facts = inspector.socket(end.old.as_fd()).map_err(cannot_look)?.ok_or(Refusal::HolderVanished)?;
     may_be_moved(&facts)?;
     for table in &end.holders.tables {
         for fd in &table.fds {
-            if process::socket_inode(table.tid, *fd) != Some(facts.inode) {
+            if live.fd(table, *fd)?.is_none_or(|found| found.file != facts.file) {
                 return Err(Refusal::HolderVanished);
             }
         }
@@ -127,7 +128,8 @@ pub struct Substitution<'a> {
     pub new: BorrowedFd<'a>,
     pub facts: SocketFacts,
     pub holders: &'a Holders,
-    pub v6: bool,
+    /// Those of the old one that the new one has already.
+    pub options: &'a Options,
     /// Sent into the new socket right after it is in place.
     pub carry: Vec<u8>,
 }
@@ -171,6 +173,7 @@ impl Armed {
     /// Bring the new sockets into every process. An error leaves all as it was.
     pub fn arm(
         frozen: &mut Frozen,
+        inspector: &Inspector,
         pairs: &[Substitution<'_>],
         deal: Deal<'_>,
         deadline: Instant,
@@ -178,7 +181,7 @@ impl Armed {
         let mut files: Vec<(usize, OwnedFd)> = Vec::new();
         let mut rooms = Vec::new();
         for (index, pair) in pairs.iter().enumerate() {
-            options::carry_over(pair.old, pair.new, pair.v6)?;
+            pair.options.keep_up(pair.old, pair.new)?;
             if !pair.carry.is_empty() {
                 files.push((index, memory_file(&pair.carry)?));
                 if let Some(room) = SendRoom::make(pair.new, pair.carry.len())? {
@@ -186,7 +189,7 @@ impl Armed {
                 }
             }
         }
-        let plans = plans(frozen, pairs)?;
+        let plans = plans(frozen, inspector, pairs)?;
         let carried: Vec<Carried<'_>> = files
             .iter()
             .map(|(socket, file)| Carried {
@@ -302,16 +305,26 @@ fn barrier() -> Result<(OwnedFd, OwnedFd), Refusal> {
 }
 
 /// Descriptors as they are, now that nobody changes them.
-struct Live;
+struct Live<'a> {
+    frozen: &'a Frozen,
+    inspector: &'a Inspector,
+}
 
-impl Descriptors for Live {
+impl Live<'_> {
+    fn fd(&self, table: &Table, fd: RemoteFd) -> Result<Option<FdFacts>, Refusal> {
+        let process = self.frozen.processes().iter().find(|process| process.tgid == table.tgid);
+        let process = process.ok_or(Refusal::HolderVanished)?;
+        self.inspector.fd(process.pidfd.as_fd(), fd).map_err(cannot_look)
+    }
+}
+
+impl Descriptors for Live<'_> {
     fn close_on_exec(&self, table: &Table, fd: RemoteFd) -> Result<bool, Refusal> {
-        let flags = process::open_flags(table.tid, fd).map_err(process::lacking)?;
-        Ok(flags & libc::O_CLOEXEC != 0)
+        Ok(self.fd(table, fd)?.ok_or(Refusal::HolderVanished)?.close_on_exec)
     }
 
-    fn is_registered(&self, table: &Table, epoll: RemoteFd, fd: RemoteFd) -> bool {
-        process::is_registered(table.tid, epoll, fd)
+    fn epoll_at(&self, table: &Table, fd: RemoteFd) -> Option<u64> {
+        self.fd(table, fd).ok().flatten()?.epoll
     }
 
     fn epoll_sets(&self, table: &Table) -> Result<Vec<RemoteFd>, Refusal> {
@@ -320,10 +333,14 @@ impl Descriptors for Live {
 }
 
 /// What each frozen process has to do, its lead first. Those with nothing to replace only hold their threads.
-fn plans(frozen: &Frozen, pairs: &[Substitution<'_>]) -> Result<Vec<(Tgid, Plan)>, Refusal> {
+fn plans(
+    frozen: &Frozen,
+    inspector: &Inspector,
+    pairs: &[Substitution<'_>],
+) -> Result<Vec<(Tgid, Plan)>, Refusal> {
     let mut tables: BTreeMap<u64, Plan> = BTreeMap::new();
     for (index, pair) in pairs.iter().enumerate() {
-        plan(&mut tables, pair.holders, &pair.facts, index, &Live)?;
+        plan(&mut tables, pair.holders, &pair.facts, index, &Live { frozen, inspector })?;
     }
     let mut plans: BTreeMap<Tgid, Plan> =
         frozen.processes().iter().map(|process| (process.tgid, Plan::default())).collect();

@@ -120,8 +120,9 @@ impl Holders {
 /// What the descriptors of frozen processes are.
 pub trait Descriptors {
     fn close_on_exec(&self, table: &Table, fd: RemoteFd) -> Result<bool, Refusal>;
-    /// Is `fd`, as it is now, registered in the epoll set `epoll`?
-    fn is_registered(&self, table: &Table, epoll: RemoteFd, fd: RemoteFd) -> bool;
+    /// Which epoll set this descriptor is, if it is one.
+    fn epoll_at(&self, table: &Table, fd: RemoteFd) -> Option<u64>;
+    /// All descriptors that are epoll sets.
     fn epoll_sets(&self, table: &Table) -> Result<Vec<RemoteFd>, Refusal>;
 }
 
@@ -156,43 +157,35 @@ pub fn plan(
 }
 
 /// Where each registration can be changed: it is named by set and descriptor, and somebody must have both.
-///
-/// The list in `holders` was made while the processes ran: a set that is not where it was then is found only if there is
-/// no doubt which one it is.
 fn registrations<'a>(
     holders: &'a Holders,
     facts: &'a SocketFacts,
     descriptors: &impl Descriptors,
 ) -> Result<Vec<(&'a Watcher, &'a Table, RemoteFd)>, Refusal> {
-    let mut found: Vec<(&Watcher, &Table, RemoteFd)> = Vec::new();
-    let mut lost = Vec::new();
-    for watcher in &facts.watchers {
+    let find = |watcher: &'a Watcher| {
         let fd = RemoteFd(watcher.fd as i32);
-        let listed = holders.tables.iter().filter(|table| table.fds.contains(&fd)).find_map(|table| {
-            let (_, epoll) = table.epolls.iter().find(|(epoll, _)| *epoll == watcher.epoll)?;
-            descriptors.is_registered(table, *epoll, fd).then_some((watcher, table, *epoll))
-        });
-        match listed {
-            Some(listed) => found.push(listed),
-            None => lost.push(watcher),
+        for table in holders.tables.iter().filter(|table| table.fds.contains(&fd)) {
+            if let Some(epoll) = descriptor_of(watcher.epoll, table, descriptors)? {
+                return Ok((watcher, table, epoll));
+            }
         }
-    }
-    let [watcher] = lost[..] else {
-        return if lost.is_empty() { Ok(found) } else { Err(Refusal::EpollUnreachable) };
+        Err(Refusal::EpollUnreachable)
     };
-    let fd = RemoteFd(watcher.fd as i32);
-    let taken =
-        |table: &Table, epoll| found.iter().any(|(_, of, taken)| of.table == table.table && *taken == epoll);
-    let mut candidates: Vec<(&Table, RemoteFd)> = Vec::new();
-    for table in holders.tables.iter().filter(|table| table.fds.contains(&fd)) {
-        let sets = descriptors.epoll_sets(table)?.into_iter();
-        let watches =
-            |epoll: &RemoteFd| !taken(table, *epoll) && descriptors.is_registered(table, *epoll, fd);
-        candidates.extend(sets.filter(watches).map(|epoll| (table, epoll)));
+    facts.watchers.iter().map(find).collect()
+}
+
+/// The list in `table` was made while the processes ran: a set that is not where it was then is looked for.
+fn descriptor_of(
+    epoll: u64,
+    table: &Table,
+    descriptors: &impl Descriptors,
+) -> Result<Option<RemoteFd>, Refusal> {
+    let is_there = |fd: &RemoteFd| descriptors.epoll_at(table, *fd) == Some(epoll);
+    let listed = table.epolls.iter().filter(|(listed, _)| *listed == epoll).map(|(_, fd)| *fd);
+    match listed.into_iter().find(is_there) {
+        Some(fd) => Ok(Some(fd)),
+        None => Ok(descriptors.epoll_sets(table)?.into_iter().find(is_there)),
     }
-    let [(table, epoll)] = candidates[..] else { return Err(Refusal::EpollUnreachable) };
-    found.push((watcher, table, epoll));
-    Ok(found)
 }
 
 /// EP_PRIVATE_BITS of fs/eventpoll.c: all that is left of a one-shot registration that has fired.
@@ -270,20 +263,20 @@ mod tests {
         }
     }
 
-    /// These are all the epoll sets, and everything is registered in them.
-    struct Sets(Vec<i32>);
+    /// The epoll sets as they are now, and their descriptors.
+    struct Sets(Vec<(u64, i32)>);
 
     impl Descriptors for Sets {
         fn close_on_exec(&self, _: &Table, _: RemoteFd) -> Result<bool, Refusal> {
             Ok(false)
         }
 
-        fn is_registered(&self, _: &Table, epoll: RemoteFd, _: RemoteFd) -> bool {
-            self.0.contains(&epoll.0)
+        fn epoll_at(&self, _: &Table, fd: RemoteFd) -> Option<u64> {
+            self.0.iter().find(|(_, at)| *at == fd.0).map(|(epoll, _)| *epoll)
         }
 
         fn epoll_sets(&self, _: &Table) -> Result<Vec<RemoteFd>, Refusal> {
-            Ok(self.0.iter().copied().map(RemoteFd).collect())
+            Ok(self.0.iter().map(|(_, fd)| RemoteFd(*fd)).collect())
         }
     }
 
@@ -308,7 +301,7 @@ mod tests {
         let holders = holders(&listed);
         let facts = watched(vec![Watcher { epoll: 55, fd: 3, events: 1, data: 9 }]);
         let mut plans = BTreeMap::new();
-        plan(&mut plans, &holders, &facts, 0, &Sets(vec![4])).unwrap();
+        plan(&mut plans, &holders, &facts, 0, &Sets(vec![(55, 4)])).unwrap();
         assert_eq!(plans.values().map(|plan| plan.watchers.len()).sum::<usize>(), 1);
         assert!(plans.values().all(|plan| plan.replacements.len() == 1));
     }
@@ -324,20 +317,19 @@ mod tests {
     }
 
     #[test]
-    fn an_epoll_set_that_was_made_anew_is_found_where_it_is_if_there_is_no_doubt() {
+    fn an_epoll_set_is_found_where_it_is_now() {
         let holders = holders(&[tcp(10, 7, 3), epoll(10, 7, 4, 55)]);
-        let watcher = |epoll| Watcher { epoll, fd: 3, events: 1, data: 9 };
-        let check = |watchers, sets: &[i32]| {
+        let check = |watched_by: u64, sets: &[(u64, i32)]| {
+            let facts = watched(vec![Watcher { epoll: watched_by, fd: 3, events: 1, data: 9 }]);
             let mut plans = BTreeMap::new();
-            plan(&mut plans, &holders, &watched(watchers), 0, &Sets(sets.to_vec()))?;
-            Ok(plans[&7].watchers.iter().map(|watcher| watcher.epoll.0).collect::<Vec<_>>())
+            plan(&mut plans, &holders, &facts, 0, &Sets(sets.to_vec()))?;
+            Ok(plans[&7].watchers[0].epoll.0)
         };
-        assert_eq!(check(vec![watcher(66)], &[5]), Ok(vec![5]));
-        assert_eq!(check(vec![watcher(55), watcher(66)], &[4, 5]), Ok(vec![4, 5]));
-        // The listed one has gone, and another took its number or its address.
-        assert_eq!(check(vec![watcher(55)], &[5]), Ok(vec![5]));
-        assert_eq!(check(vec![watcher(66)], &[5, 6]), Err(Refusal::EpollUnreachable));
-        assert_eq!(check(vec![watcher(66), watcher(77)], &[5, 6]), Err(Refusal::EpollUnreachable));
+        assert_eq!(check(55, &[(55, 4), (66, 5)]), Ok(4));
+        // Made since, or moved; and another took its number.
+        assert_eq!(check(66, &[(55, 4), (66, 5)]), Ok(5));
+        assert_eq!(check(55, &[(66, 4), (55, 5)]), Ok(5));
+        assert_eq!(check(77, &[(55, 4), (66, 5)]), Err(Refusal::EpollUnreachable));
     }
 
     #[test]
@@ -345,7 +337,7 @@ mod tests {
         let holders = holders(&[tcp(10, 7, 3), epoll(10, 7, 4, 55)]);
         let check = |events, expected| {
             let facts = watched(vec![Watcher { epoll: 55, fd: 3, events, data: 9 }]);
-            assert_eq!(plan(&mut BTreeMap::new(), &holders, &facts, 0, &Sets(vec![4])), expected);
+            assert_eq!(plan(&mut BTreeMap::new(), &holders, &facts, 0, &Sets(vec![(55, 4)])), expected);
         };
         let oneshot = libc::EPOLLONESHOT as u32;
         check(oneshot | libc::EPOLLIN as u32, Ok(()));

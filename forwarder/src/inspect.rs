@@ -35,6 +35,8 @@ mod skeleton {
 }
 use skeleton::types;
 
+use crate::process::RemoteFd;
+
 /// Why a look failed.
 #[derive(Debug, thiserror::Error)]
 pub enum InspectError {
@@ -108,6 +110,16 @@ pub struct TableFacts {
     pub users: u32,
 }
 
+/// A descriptor of another process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FdFacts {
+    /// As [`SocketFacts::file`].
+    pub file: u64,
+    /// If it is an epoll set: which, as [`Watcher::epoll`].
+    pub epoll: Option<u64>,
+    pub close_on_exec: bool,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     Tcp,
@@ -148,8 +160,10 @@ const SLOTS: u32 = 64;
 pub struct Programs {
     inspect_socket: OwnedFd,
     inspect_table: OwnedFd,
+    inspect_fd: OwnedFd,
     sockets: MapHandle,
     tables: MapHandle,
+    fds: MapHandle,
     descriptors: Link,
     sleep: sleep::Program,
     used_slots: AtomicU64,
@@ -175,8 +189,10 @@ impl Programs {
         Ok(Arc::new(Programs {
             inspect_socket: keep(skel.progs.inspect_socket.as_fd())?,
             inspect_table: keep(skel.progs.inspect_table.as_fd())?,
+            inspect_fd: keep(skel.progs.inspect_fd.as_fd())?,
             sockets: MapHandle::try_from(&skel.maps.sockets).map_err(InspectError::Load)?,
             tables: MapHandle::try_from(&skel.maps.tables).map_err(InspectError::Load)?,
+            fds: MapHandle::try_from(&skel.maps.fds).map_err(InspectError::Load)?,
             descriptors: skel
                 .progs
                 .list_descriptors
@@ -247,7 +263,7 @@ impl Drop for Inspector {
 impl Inspector {
     /// What `fd`, a descriptor of this process, refers to; `None` if it is no TCP socket.
     pub fn socket(&self, fd: BorrowedFd<'_>) -> Result<Option<SocketFacts>, InspectError> {
-        if !self.run(&self.programs.inspect_socket, fd)? {
+        if !self.run(&self.programs.inspect_socket, fd, 0)? {
             return Ok(None);
         }
         let record: types::socket_facts = self.result(&self.programs.sockets)?;
@@ -256,15 +272,28 @@ impl Inspector {
 
     /// The descriptor table of the process behind `pidfd`; `None` if it has none any more.
     pub fn table(&self, pidfd: BorrowedFd<'_>) -> Result<Option<TableFacts>, InspectError> {
-        if !self.run(&self.programs.inspect_table, pidfd)? {
+        if !self.run(&self.programs.inspect_table, pidfd, 0)? {
             return Ok(None);
         }
         let record: types::table_facts = self.result(&self.programs.tables)?;
         Ok((record.table != 0).then_some(TableFacts { table: record.table, users: record.users }))
     }
 
-    fn run(&self, program: &OwnedFd, fd: BorrowedFd<'_>) -> Result<bool, InspectError> {
-        let args: [u64; 2] = [fd.as_raw_fd() as u64, u64::from(self.slot)];
+    /// Descriptor `fd` of the process behind `pidfd`; `None` if it is not open.
+    pub fn fd(&self, pidfd: BorrowedFd<'_>, fd: RemoteFd) -> Result<Option<FdFacts>, InspectError> {
+        if !self.run(&self.programs.inspect_fd, pidfd, fd.0 as u64)? {
+            return Ok(None);
+        }
+        let record: types::fd_facts = self.result(&self.programs.fds)?;
+        Ok(Some(FdFacts {
+            file: record.file,
+            epoll: (record.epoll != 0).then_some(record.epoll),
+            close_on_exec: record.close_on_exec != 0,
+        }))
+    }
+
+    fn run(&self, program: &OwnedFd, fd: BorrowedFd<'_>, argument: u64) -> Result<bool, InspectError> {
+        let args: [u64; 3] = [fd.as_raw_fd() as u64, u64::from(self.slot), argument];
         let mut opts = libbpf_sys::bpf_test_run_opts {
             sz: size_of::<libbpf_sys::bpf_test_run_opts>() as _,
             ctx_in: args.as_ptr().cast(),
@@ -298,6 +327,8 @@ unsafe trait Record: Copy {}
 unsafe impl Record for types::socket_facts {}
 // SAFETY: as above.
 unsafe impl Record for types::table_facts {}
+// SAFETY: as above.
+unsafe impl Record for types::fd_facts {}
 // SAFETY: as above.
 unsafe impl Record for types::descriptor {}
 

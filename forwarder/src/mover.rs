@@ -38,7 +38,7 @@ use crate::{
     freeze::Frozen,
     holders::has_fired_one_shot,
     inspect::{Inspector, SocketFacts, TCP_ESTABLISHED},
-    options::{ReceiveRoom, Shallow},
+    options::{Options, ReceiveRoom, Shallow},
     process::{self, not_made},
     queue,
     site::{Parked, Prepared, PreparedEnd, Site, locked, report, reset, tgids_of},
@@ -127,8 +127,9 @@ fn between(from: Option<Instant>, to: Option<Instant>) -> u64 {
 /// A connection that is to be moved.
 pub struct Member {
     pub prepared: Prepared,
-    /// For each end, the socket that takes its place.
+    /// For each end, the socket that takes its place, and the options that were given to it.
     pub new: Vec<OwnedFd>,
+    pub options: Vec<Options>,
     /// The connection of the transaction itself, see [`crate::transaction`]: the first member's serves for all. None
     /// within a host.
     pub witness: Option<OwnedFd>,
@@ -147,7 +148,22 @@ impl Member {
             }
         };
         let complete = new.len() == prepared.ends.len() && witness.is_some() == with_witness;
-        if complete { Ok(Member { prepared, new, witness }) } else { Err(Refusal::HostPathFailed) }
+        if !complete {
+            return Err(Refusal::HostPathFailed);
+        }
+        Ok(Member { prepared, new, options: Vec::new(), witness })
+    }
+
+    /// While the application runs: there are many.
+    fn give_options(&mut self) -> Result<(), Refusal> {
+        let ends = self.prepared.ends.iter().zip(&self.new);
+        let given = ends.map(|(end, new)| {
+            let options = Options::of(end.old.as_fd(), end.v6)?;
+            options.give(new.as_fd())?;
+            Ok(options)
+        });
+        self.options = given.collect::<Result<_, Refusal>>()?;
+        Ok(())
     }
 }
 
@@ -196,9 +212,12 @@ impl Remote {
         let ends = || self.members.iter().flat_map(|member| &member.prepared.ends);
         let processes = tgids_of(ends()).len();
         let (site, direction) = (Arc::clone(&self.site), self.direction());
+        let ends = ends().count();
+        let given = self.members.iter_mut().try_for_each(Member::give_options);
         let readied = || -> Result<_, Refusal> {
+            given?;
             let inspector = site.programs.inspector().map_err(report)?;
-            let room = site.rooms.promise(processes, ends().count())?;
+            let room = site.rooms.promise(processes, ends)?;
             Ok((inspector, room))
         }();
         let ready = readied.and_then(|ready| match self.prepare_witness() {
@@ -340,6 +359,24 @@ fn over(mut member: Member, unread_bytes: u64, figures: &Figures) -> Over {
         }
     };
     Over { prepared: member.prepared, moved, parked }
+}
+
+/// For all ends of these connections, with what the facts say and what is to be carried, of each.
+fn substitutions<'a>(
+    members: &'a [Member],
+    facts: &[SocketFacts],
+    carry: Vec<Vec<u8>>,
+) -> Vec<Substitution<'a>> {
+    let ends =
+        members.iter().flat_map(|member| member.prepared.ends.iter().zip(&member.new).zip(&member.options));
+    let substitution = |((((end, new), options), facts), carry): (
+        (((&'a PreparedEnd, &'a OwnedFd), &'a Options), &SocketFacts),
+        Vec<u8>,
+    )| {
+        let (old, new, holders) = (end.old.as_fd(), new.as_fd(), &end.holders);
+        Substitution { old, new, facts: facts.clone(), holders, options, carry }
+    };
+    ends.zip(facts).zip(carry).map(substitution).collect()
 }
 
 /// What is known of a transaction when it is over.
@@ -571,25 +608,8 @@ impl<'a> Running<'a> {
         }
     }
 
-    fn substitution<'b>(
-        end: &'b PreparedEnd,
-        new: &'b OwnedFd,
-        facts: &SocketFacts,
-        carry: Vec<u8>,
-    ) -> Substitution<'b> {
-        Substitution {
-            old: end.old.as_fd(),
-            new: new.as_fd(),
-            facts: facts.clone(),
-            holders: &end.holders,
-            v6: end.v6,
-            carry,
-        }
-    }
-
     fn pairs(&self, carry: Vec<Vec<u8>>) -> Vec<Substitution<'a>> {
-        let pairs = self.ends().zip(self.new()).zip(&self.facts).zip(carry);
-        pairs.map(|(((end, new), facts), carry)| Self::substitution(end, new, facts, carry)).collect()
+        substitutions(&self.mover.members, &self.facts, carry)
     }
 
     fn arm(&mut self, carry: Vec<Vec<u8>>) -> Result<(), Refusal> {
@@ -597,7 +617,8 @@ impl<'a> Running<'a> {
         let pairs = self.pairs(carry);
         let frozen = self.frozen.as_mut().ok_or(Refusal::HolderVanished)?;
         let deadline = Instant::now() + self.mover.task.budget;
-        self.armed = Some(Armed::arm(frozen, &pairs, self.mover.deal(self.witness), deadline)?);
+        let deal = self.mover.deal(self.witness);
+        self.armed = Some(Armed::arm(frozen, &self.inspector, &pairs, deal, deadline)?);
         Ok(())
     }
 

@@ -60,7 +60,6 @@ const INT_OPTIONS: &[IntOption] = &[
     int(libc::SOL_SOCKET, libc::SO_TIMESTAMPING),
     int(libc::SOL_SOCKET, libc::SO_REUSEADDR),
     int(libc::SOL_SOCKET, libc::SO_ZEROCOPY),
-    int(libc::SOL_SOCKET, libc::SO_INCOMING_CPU),
     int(libc::IPPROTO_IP, libc::IP_TOS),
     // After IP_TOS, which sets it too.
     int(libc::SOL_SOCKET, libc::SO_PRIORITY),
@@ -102,82 +101,145 @@ pub fn may_be_carried(socket: BorrowedFd<'_>) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// Give `new` the options, flags and owner of `old`.
-pub fn carry_over(old: BorrowedFd<'_>, new: BorrowedFd<'_>, v6: bool) -> Result<(), Refusal> {
-    for option in INT_OPTIONS.iter().filter(|option| v6 || !option.v6_only) {
-        let wanted = get_int(old, option.level, option.name);
-        if wanted.is_some() && wanted != get_int(new, option.level, option.name) {
-            let value = wanted.unwrap_or_default();
-            set(new, option.level, option.name, &value.to_ne_bytes())?;
-        }
-    }
-    // struct linger, struct timeval twice, u64, and a name: copied as bytes.
-    for (level, name, length) in [
-        (libc::SOL_SOCKET, libc::SO_LINGER, 8),
-        (libc::SOL_SOCKET, libc::SO_RCVTIMEO, 16),
-        (libc::SOL_SOCKET, libc::SO_SNDTIMEO, 16),
-        (libc::SOL_SOCKET, libc::SO_MAX_PACING_RATE, 8),
-        (libc::IPPROTO_TCP, libc::TCP_CONGESTION, 16),
-    ] {
-        let (mut wanted, mut present) = (vec![0; length], vec![0; length]);
-        let (Some(length), Some(_)) =
-            (get(old, level, name, &mut wanted), get(new, level, name, &mut present))
-        else {
-            continue;
-        };
-        if wanted != present {
-            set(new, level, name, &wanted[..length])?;
-        }
-    }
-    carry_buffer_sizes(old, new)?;
-    carry_file_flags(old, new)
-}
+/// Options of more than an int, and their lengths: struct linger, struct timeval twice, u64, and a name.
+const LONG_OPTIONS: [(i32, i32, usize); 5] = [
+    (libc::SOL_SOCKET, libc::SO_LINGER, 8),
+    (libc::SOL_SOCKET, libc::SO_RCVTIMEO, 16),
+    (libc::SOL_SOCKET, libc::SO_SNDTIMEO, 16),
+    (libc::SOL_SOCKET, libc::SO_MAX_PACING_RATE, 8),
+    (libc::IPPROTO_TCP, libc::TCP_CONGESTION, 16),
+];
 
-/// Buffer sizes only where the application fixed them: otherwise the kernel goes on tuning.
-fn carry_buffer_sizes(old: BorrowedFd<'_>, new: BorrowedFd<'_>) -> Result<(), Refusal> {
-    let locked = get_int(old, libc::SOL_SOCKET, SO_BUF_LOCK).unwrap_or(0);
-    for (lock, name, force) in [
-        (SOCK_SNDBUF_LOCK, libc::SO_SNDBUF, libc::SO_SNDBUFFORCE),
-        (SOCK_RCVBUF_LOCK, libc::SO_RCVBUF, libc::SO_RCVBUFFORCE),
-    ] {
-        if locked & lock != 0
-            && let Some(size) = get_int(old, libc::SOL_SOCKET, name)
-        {
-            // The kernel doubles what it is given (socket(7)).
-            set(new, libc::SOL_SOCKET, force, &(size / 2).to_ne_bytes())?;
-        }
-    }
-    Ok(())
+/// The options, flags and owner of a socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Options {
+    v6: bool,
+    /// As in [`INT_OPTIONS`] and [`LONG_OPTIONS`]; `None` where this kernel or socket does not have one.
+    ints: Vec<Option<i32>>,
+    longs: Vec<Option<Vec<u8>>>,
+    file: FileFlags,
+    buffers: BufferSizes,
 }
 
 /// O_NONBLOCK and O_ASYNC, and who gets the signals of the latter.
-fn carry_file_flags(old: BorrowedFd<'_>, new: BorrowedFd<'_>) -> Result<(), Refusal> {
-    #[repr(C)]
-    struct OwnerEx {
-        kind: i32,
-        pid: i32,
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct FileFlags {
+    flags: i32,
+    signal: i32,
+    owner: Owner,
+}
+
+/// `struct f_owner_ex` of fcntl(2).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Owner {
+    kind: i32,
+    pid: i32,
+}
+
+/// Where the application fixed them: otherwise the kernel goes on tuning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct BufferSizes {
+    send: Option<i32>,
+    receive: Option<i32>,
+}
+
+impl Options {
+    /// Those of this socket. Not while a [`Shallow`] or a [`ReceiveRoom`] of it is there: they change its buffers.
+    pub fn of(socket: BorrowedFd<'_>, v6: bool) -> Result<Options, Refusal> {
+        let locked = get_int(socket, libc::SOL_SOCKET, SO_BUF_LOCK).unwrap_or(0);
+        let size =
+            |lock, name| (locked & lock != 0).then(|| get_int(socket, libc::SOL_SOCKET, name)).flatten();
+        let buffers = BufferSizes {
+            send: size(SOCK_SNDBUF_LOCK, libc::SO_SNDBUF),
+            receive: size(SOCK_RCVBUF_LOCK, libc::SO_RCVBUF),
+        };
+        Options::with_buffers(socket, v6, buffers)
     }
-    const F_SETOWN_EX: i32 = 15;
-    const F_GETOWN_EX: i32 = 16;
-    const F_SETSIG: i32 = 10;
-    const F_GETSIG: i32 = 11;
-    let (old, new) = (old.as_raw_fd(), new.as_raw_fd());
-    let mut owner = OwnerEx { kind: 0, pid: 0 };
-    // SAFETY: F_GETOWN_EX writes, and F_SETOWN_EX reads, a struct f_owner_ex, whose layout OwnerEx has. The others
-    // take and give integers.
-    let ok = unsafe {
-        let flags = libc::fcntl(old, libc::F_GETFL);
-        let signal = libc::fcntl(old, F_GETSIG);
-        let mut ok = flags >= 0 && signal >= 0 && libc::fcntl(old, F_GETOWN_EX, &raw mut owner) >= 0;
-        if owner.pid != 0 {
-            ok &= libc::fcntl(new, F_SETOWN_EX, &raw const owner) >= 0;
+
+    fn with_buffers(socket: BorrowedFd<'_>, v6: bool, buffers: BufferSizes) -> Result<Options, Refusal> {
+        let int = |option: &IntOption| {
+            (v6 || !option.v6_only).then(|| get_int(socket, option.level, option.name)).flatten()
+        };
+        let long = |(level, name, length): &(i32, i32, usize)| {
+            let mut value = vec![0; *length];
+            let length = get(socket, *level, *name, &mut value)?;
+            value.truncate(length);
+            Some(value)
+        };
+        Ok(Options {
+            v6,
+            ints: INT_OPTIONS.iter().map(int).collect(),
+            longs: LONG_OPTIONS.iter().map(long).collect(),
+            file: FileFlags::of(socket)?,
+            buffers,
+        })
+    }
+
+    /// Give them to `new`, which nobody else has.
+    pub fn give(&self, new: BorrowedFd<'_>) -> Result<(), Refusal> {
+        for (option, wanted) in INT_OPTIONS.iter().zip(&self.ints) {
+            if let Some(wanted) = wanted
+                && get_int(new, option.level, option.name) != Some(*wanted)
+            {
+                set(new, option.level, option.name, &wanted.to_ne_bytes())?;
+            }
         }
-        if signal != 0 {
-            ok &= libc::fcntl(new, F_SETSIG, signal) >= 0;
+        for ((level, name, length), wanted) in LONG_OPTIONS.iter().zip(&self.longs) {
+            let mut present = vec![0; *length];
+            if let (Some(wanted), Some(length)) = (wanted, get(new, *level, *name, &mut present))
+                && present[..length] != wanted[..]
+            {
+                set(new, *level, *name, wanted)?;
+            }
         }
-        ok && libc::fcntl(new, libc::F_SETFL, flags & (libc::O_NONBLOCK | libc::O_ASYNC)) >= 0
-    };
-    if ok { Ok(()) } else { Err(Refusal::UnknownOption) }
+        let BufferSizes { send, receive } = self.buffers;
+        for (size, force) in [(send, libc::SO_SNDBUFFORCE), (receive, libc::SO_RCVBUFFORCE)] {
+            if let Some(size) = size {
+                // The kernel doubles what it is given (socket(7)).
+                set(new, libc::SOL_SOCKET, force, &(size / 2).to_ne_bytes())?;
+            }
+        }
+        self.file.give(new)
+    }
+
+    /// These were given to `new` a while ago: what was changed at `old` since is changed there, too. But for its buffers,
+    /// whose sizes may be ours now.
+    pub fn keep_up(&self, old: BorrowedFd<'_>, new: BorrowedFd<'_>) -> Result<(), Refusal> {
+        let now = Options::with_buffers(old, self.v6, self.buffers)?;
+        if now == *self { Ok(()) } else { now.give(new) }
+    }
+}
+
+const F_SETOWN_EX: i32 = 15;
+const F_GETOWN_EX: i32 = 16;
+const F_SETSIG: i32 = 10;
+const F_GETSIG: i32 = 11;
+
+impl FileFlags {
+    fn of(socket: BorrowedFd<'_>) -> Result<FileFlags, Refusal> {
+        let fd = socket.as_raw_fd();
+        let mut owner = Owner { kind: 0, pid: 0 };
+        // SAFETY: F_GETOWN_EX writes a struct f_owner_ex, whose layout Owner has. The others give integers.
+        let (flags, signal, ret) = unsafe {
+            let owned = libc::fcntl(fd, F_GETOWN_EX, &raw mut owner);
+            (libc::fcntl(fd, libc::F_GETFL), libc::fcntl(fd, F_GETSIG), owned)
+        };
+        let known = flags >= 0 && signal >= 0 && ret >= 0;
+        let flags = flags & (libc::O_NONBLOCK | libc::O_ASYNC);
+        if known { Ok(FileFlags { flags, signal, owner }) } else { Err(Refusal::UnknownOption) }
+    }
+
+    fn give(&self, new: BorrowedFd<'_>) -> Result<(), Refusal> {
+        let new = new.as_raw_fd();
+        // SAFETY: F_SETOWN_EX reads a struct f_owner_ex, whose layout Owner has. The others take integers.
+        let ok = unsafe {
+            (self.owner.pid == 0 || libc::fcntl(new, F_SETOWN_EX, &raw const self.owner) >= 0)
+                && (self.signal == 0 || libc::fcntl(new, F_SETSIG, self.signal) >= 0)
+                && libc::fcntl(new, libc::F_SETFL, self.flags) >= 0
+        };
+        if ok { Ok(()) } else { Err(Refusal::UnknownOption) }
+    }
 }
 
 /// Room in the send buffer for `bytes` that are written before anybody reads; undone by [`SendRoom::give_back`].
@@ -337,7 +399,7 @@ mod tests {
         set(old.as_fd(), libc::IPPROTO_TCP, libc::TCP_CONGESTION, b"reno").unwrap();
         old.set_read_timeout(Some(std::time::Duration::from_millis(1500))).unwrap();
         old.set_nonblocking(true).unwrap();
-        carry_over(old.as_fd(), new.as_fd(), false).unwrap();
+        Options::of(old.as_fd(), false).unwrap().give(new.as_fd()).unwrap();
         for option in INT_OPTIONS.iter().filter(|option| !option.v6_only) {
             let value = |end: &TcpStream| get_int(end.as_fd(), option.level, option.name);
             assert_eq!(value(&old), value(&new), "option {}/{}", option.level, option.name);
@@ -354,9 +416,23 @@ mod tests {
     fn buffer_sizes_are_carried_only_where_the_application_fixed_them() {
         let ((old, _a), (new, _b)) = (socket(), socket());
         set(old.as_fd(), libc::SOL_SOCKET, libc::SO_RCVBUF, &65536i32.to_ne_bytes()).unwrap();
-        carry_over(old.as_fd(), new.as_fd(), false).unwrap();
+        Options::of(old.as_fd(), false).unwrap().give(new.as_fd()).unwrap();
         assert_eq!(get_int(new.as_fd(), libc::SOL_SOCKET, libc::SO_RCVBUF), Some(131072));
         assert_eq!(get_int(new.as_fd(), libc::SOL_SOCKET, SO_BUF_LOCK), Some(SOCK_RCVBUF_LOCK));
+    }
+
+    #[test]
+    fn what_is_changed_after_options_were_given_is_changed_there_too() {
+        let ((old, _a), (new, _b)) = (socket(), socket());
+        let given = Options::of(old.as_fd(), false).unwrap();
+        given.give(new.as_fd()).unwrap();
+        set(old.as_fd(), libc::SOL_SOCKET, libc::SO_KEEPALIVE, &1i32.to_ne_bytes()).unwrap();
+        old.set_nonblocking(true).unwrap();
+        let _ours = Shallow::make(old.as_fd()).unwrap();
+        given.keep_up(old.as_fd(), new.as_fd()).unwrap();
+        assert_eq!(get_int(new.as_fd(), libc::SOL_SOCKET, libc::SO_KEEPALIVE), Some(1));
+        assert_eq!(FileFlags::of(new.as_fd()), FileFlags::of(old.as_fd()));
+        assert_eq!(get_int(new.as_fd(), libc::SOL_SOCKET, SO_BUF_LOCK), Some(0));
     }
 
     #[test]

@@ -132,22 +132,6 @@ pub fn any_share_memory(tgids: &[Tgid]) -> bool {
     tgids.iter().enumerate().any(|(index, a)| tgids[index + 1..].iter().any(|b| same(a, b)))
 }
 
-/// Is descriptor `fd` of a process, as it is now, registered in its epoll set `epoll`? By kcmp(2), KCMP_EPOLL_TFD.
-pub fn is_registered(tid: Tid, epoll: RemoteFd, fd: RemoteFd) -> bool {
-    const KCMP_EPOLL_TFD: libc::c_int = 7;
-    /// `struct kcmp_epoll_slot` of linux/kcmp.h.
-    #[repr(C)]
-    struct Slot {
-        epoll: u32,
-        target: u32,
-        offset: u32,
-    }
-    let slot = Slot { epoll: epoll.0 as u32, target: fd.0 as u32, offset: 0 };
-    // SAFETY: kcmp(2) takes integers, and for this kind reads a struct kcmp_epoll_slot from the last one.
-    let ret = unsafe { libc::syscall(libc::SYS_kcmp, tid.0, tid.0, KCMP_EPOLL_TFD, fd.0, &raw const slot) };
-    ret == 0
-}
-
 /// All descriptors of a process that are epoll sets.
 pub fn epoll_sets(tid: Tid) -> io::Result<Vec<RemoteFd>> {
     let entries = std::fs::read_dir(format!("/proc/{}/fd", tid.0))?;

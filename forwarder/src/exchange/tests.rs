@@ -16,6 +16,7 @@ struct Echo {
     client: TcpStream,
     programs: Arc<Programs>,
     holders: Holders,
+    options: Options,
     /// Our copy of the socket that `cat` has.
     old: OwnedFd,
 }
@@ -45,8 +46,9 @@ impl Echo {
         let tgid = Tgid(child.id() as i32);
         let old = process::copy_fd(&process::pidfd(tgid).unwrap(), RemoteFd(0)).unwrap();
         let programs = Programs::load().unwrap();
-        let mut echo =
-            Echo { child, client, programs, holders: Holders { tgids: vec![], tables: vec![] }, old };
+        let holders = Holders { tgids: vec![], tables: vec![] };
+        let options = Options::of(old.as_fd(), false).unwrap();
+        let mut echo = Echo { child, client, programs, holders, options, old };
         echo.says_back(b"before");
         let facts = echo.facts(echo.old.as_fd());
         let own = Tgid(std::process::id() as i32);
@@ -56,6 +58,10 @@ impl Echo {
 
     fn says_back(&mut self, words: &[u8]) {
         says_back(&mut self.client, words);
+    }
+
+    fn inspector(&self) -> Inspector {
+        self.programs.inspector().unwrap()
     }
 
     fn facts(&self, socket: BorrowedFd<'_>) -> SocketFacts {
@@ -68,7 +74,7 @@ impl Echo {
             new,
             facts: self.facts(self.old.as_fd()),
             holders: &self.holders,
-            v6: false,
+            options: &self.options,
             carry: carry.to_vec(),
         }
     }
@@ -96,7 +102,7 @@ fn a_process_goes_on_with_the_new_socket_under_all_its_descriptors() {
     let (mut client, server) = pair();
     let mut frozen = echo.freeze();
     let pairs = [echo.substitution(server.as_fd(), b"")];
-    Armed::arm(&mut frozen, &pairs, Deal::Within, soon())
+    Armed::arm(&mut frozen, &echo.inspector(), &pairs, Deal::Within, soon())
         .unwrap()
         .install(&mut frozen, &[server.as_fd()])
         .unwrap();
@@ -114,7 +120,7 @@ fn carried_bytes_are_the_first_on_the_new_socket() {
     let mut frozen = echo.freeze();
     let carry: Vec<u8> = (0..3_000_000u32).map(|n| n as u8).collect();
     let pairs = [echo.substitution(server.as_fd(), &carry)];
-    Armed::arm(&mut frozen, &pairs, Deal::Within, soon())
+    Armed::arm(&mut frozen, &echo.inspector(), &pairs, Deal::Within, soon())
         .unwrap()
         .install(&mut frozen, &[server.as_fd()])
         .unwrap();
@@ -132,7 +138,7 @@ fn turning_back_at_the_gate_leaves_the_process_as_it_was() {
     let before = fds(&echo);
     let mut frozen = echo.freeze();
     let pairs = [echo.substitution(server.as_fd(), b"")];
-    Armed::arm(&mut frozen, &pairs, Deal::Within, soon()).unwrap().turn_back(&mut frozen);
+    Armed::arm(&mut frozen, &echo.inspector(), &pairs, Deal::Within, soon()).unwrap().turn_back(&mut frozen);
     drop(frozen);
     assert_eq!(fds(&echo), before);
     echo.says_back(b"still here");
@@ -145,7 +151,7 @@ fn the_same_process_can_be_moved_many_times() {
         let (client, server) = pair();
         let mut frozen = echo.freeze();
         let pairs = [echo.substitution(server.as_fd(), b"")];
-        Armed::arm(&mut frozen, &pairs, Deal::Within, soon())
+        Armed::arm(&mut frozen, &echo.inspector(), &pairs, Deal::Within, soon())
             .unwrap()
             .install(&mut frozen, &[server.as_fd()])
             .unwrap();
@@ -165,7 +171,7 @@ fn a_tracer_that_dies_at_the_gate_leaves_the_process_working() {
             .spawn(|| {
                 let mut frozen = echo.freeze();
                 let pairs = [echo.substitution(server.as_fd(), b"")];
-                let armed = Armed::arm(&mut frozen, &pairs, Deal::Within, soon()).unwrap();
+                let armed = Armed::arm(&mut frozen, &echo.inspector(), &pairs, Deal::Within, soon()).unwrap();
                 // As after SIGKILL: no Drop runs; the end of this thread detaches, and the gate closes.
                 std::mem::forget(frozen);
                 drop(armed);

@@ -80,7 +80,7 @@ impl Inspector {
     /// The threads that sleep for a time, of the process behind `pidfd`.
     pub fn sleepers(&self, pidfd: BorrowedFd<'_>) -> Result<Vec<Sleeper>, InspectError> {
         let program = &self.programs.sleep;
-        if !self.run(&program.find_sleepers, pidfd)? {
+        if !self.run(&program.find_sleepers, pidfd, 0)? {
             return Ok(vec![]);
         }
         let record: types::sleepers = self.result(&program.sleeping)?;

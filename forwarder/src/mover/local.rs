@@ -8,10 +8,10 @@ use std::{
 
 use forwarder_api::{Direction, MAX_UNREAD_BYTES, Moved, Refusal};
 
-use super::{Finished, Member, Over, SETTLE_POLL, Times, socket_inode};
+use super::{Finished, Member, Over, SETTLE_POLL, Times, socket_inode, substitutions};
 use crate::{
     alarm::Alarms,
-    exchange::{self, Armed, Deal, SMALL_UNREAD, Substitution, discard, facts_while_frozen},
+    exchange::{self, Armed, Deal, SMALL_UNREAD, discard, facts_while_frozen},
     freeze::Frozen,
     inspect::{Inspector, SocketFacts},
     options::ReceiveRoom,
@@ -22,6 +22,7 @@ use crate::{
 
 struct Local<'a> {
     site: &'a Site,
+    members: &'a [Member],
     /// Two for each connection, beside each other.
     ends: Vec<&'a PreparedEnd>,
     new: Vec<BorrowedFd<'a>>,
@@ -33,9 +34,13 @@ struct Local<'a> {
 }
 
 /// Move both ends of each, from the first look to the thaw.
-pub fn run_local(site: &Site, members: Vec<Member>, budget: Duration) -> Finished {
+pub fn run_local(site: &Site, mut members: Vec<Member>, budget: Duration) -> Finished {
+    if let Err(reason) = members.iter_mut().try_for_each(Member::give_options) {
+        return Finished::Aborted { members, reason, pause_us: 0, afresh: true };
+    }
     let mut local = Local {
         site,
+        members: &members,
         ends: members.iter().flat_map(|member| &member.prepared.ends).collect(),
         new: members.iter().flat_map(|member| &member.new).map(OwnedFd::as_fd).collect(),
         budget,
@@ -126,23 +131,10 @@ impl Local<'_> {
                 *look = exchange::look(end.old.as_fd(), facts, MAX_UNREAD_BYTES)?;
             }
         }
-        let pairs: Vec<Substitution<'_>> = (0..self.ends.len())
-            .map(|index| {
-                // What one end has not read arrives there when the other end's new socket sends it.
-                let carry = looks[index ^ 1].unread.take().unwrap_or_default();
-                let (end, new) = (self.ends[index], self.new[index]);
-                let holders = &end.holders;
-                Substitution {
-                    old: end.old.as_fd(),
-                    new,
-                    facts: facts[index].clone(),
-                    holders,
-                    v6: end.v6,
-                    carry,
-                }
-            })
-            .collect();
-        let armed = Armed::arm(frozen, &pairs, Deal::Within, deadline)?;
+        // What one end has not read arrives there when the other end's new socket sends it.
+        let carry = (0..looks.len()).map(|index| looks[index ^ 1].unread.take().unwrap_or_default());
+        let pairs = substitutions(self.members, &facts, carry.collect());
+        let armed = Armed::arm(frozen, inspector, &pairs, Deal::Within, deadline)?;
         *gate_opened = true;
         armed.install(frozen, &self.new)?;
         self.times.installed = Some(Instant::now());
