@@ -33,6 +33,10 @@ use crate::{
 /// Unread bytes up to this are taken along with the first look, by all connections of a batch together.
 pub const SMALL_UNREAD: usize = 64 << 10;
 
+/// A reference that nobody shows is looked at so often again, after so long, before it counts.
+const PASSING_LOOKS: u32 = 3;
+const PASSING: Duration = Duration::from_micros(20);
+
 /// Time for the blocks to end once the gate is open: nothing in them waits for anybody.
 const INSTALL_TIME: Duration = Duration::from_secs(5);
 
@@ -41,16 +45,34 @@ pub fn facts_while_frozen<'a>(
     ends: impl IntoIterator<Item = &'a PreparedEnd> + Clone,
     frozen: &Frozen,
     inspector: &Inspector,
+    deadline: Instant,
 ) -> Result<Vec<SocketFacts>, Refusal> {
-    let facts: Result<Vec<SocketFacts>, Refusal> =
-        ends.clone().into_iter().map(|end| facts_of(end, frozen, inspector)).collect();
+    let facts: Result<Vec<SocketFacts>, Refusal> = ends
+        .clone()
+        .into_iter()
+        .map(|end| in_time(deadline).and_then(|()| facts_of(end, frozen, inspector)))
+        .collect();
     nobody_else_uses_the_tables(ends.into_iter().map(|end| &end.holders), frozen, inspector)?;
     facts
 }
 
+/// With many connections each step takes its time.
+fn in_time(deadline: Instant) -> Result<(), Refusal> {
+    if Instant::now() < deadline { Ok(()) } else { Err(Refusal::FreezeBudget) }
+}
+
 fn facts_of(end: &PreparedEnd, frozen: &Frozen, inspector: &Inspector) -> Result<SocketFacts, Refusal> {
     let live = Live { frozen, inspector };
-    let facts = inspector.socket(end.old.as_fd()).map_err(cannot_look)?.ok_or(Refusal::HolderVanished)?;
+    let look = || inspector.socket(end.old.as_fd()).map_err(cannot_look)?.ok_or(Refusal::HolderVanished);
+    let mut facts = look()?;
+    // Whoever lists descriptors, such as we do, has a reference of its own to each for a moment.
+    for _ in 0..PASSING_LOOKS {
+        if end.holders.account_for(&facts, 1) {
+            break;
+        }
+        std::thread::sleep(PASSING);
+        facts = look()?;
+    }
     may_be_moved(&facts)?;
     for table in &end.holders.tables {
         for fd in &table.fds {
@@ -181,6 +203,7 @@ impl Armed {
         let mut files: Vec<(usize, OwnedFd)> = Vec::new();
         let mut rooms = Vec::new();
         for (index, pair) in pairs.iter().enumerate() {
+            in_time(deadline)?;
             pair.options.keep_up(pair.old, pair.new)?;
             if !pair.carry.is_empty() {
                 files.push((index, memory_file(&pair.carry)?));

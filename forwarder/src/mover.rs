@@ -551,7 +551,8 @@ impl<'a> Running<'a> {
             let frozen = frozen?;
             self.times.frozen = Some(Instant::now());
             self.threads = frozen.threads() as u32;
-            let facts = facts_while_frozen(self.ends(), &frozen, &self.inspector);
+            let over = Instant::now() + budget;
+            let facts = facts_while_frozen(self.ends(), &frozen, &self.inspector, over);
             let has_fired = facts.as_ref().is_ok_and(|facts| facts.iter().any(has_fired_one_shot));
             if has_fired && Instant::now() + RECESS < deadline {
                 self.times.thawed = Some(frozen.thaw());

@@ -124,6 +124,13 @@ pub fn hurry() {
     }
 }
 
+/// Let others run before the calling thread: nobody stands still for what it does.
+pub fn stand_back() {
+    const LATER: libc::c_int = 10;
+    // SAFETY: as above.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, LATER) };
+}
+
 /// Do two of these processes have one memory (CLONE_VM)? By kcmp(2), KCMP_VM.
 pub fn any_share_memory(tgids: &[Tgid]) -> bool {
     const KCMP_VM: libc::c_int = 1;

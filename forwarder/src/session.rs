@@ -10,7 +10,7 @@
 //!   that wait for the same  --- Join: these --->  their processes are free
 //!   transaction             <=================>   transaction
 //! ```
-//! If a batch fails, each of its connections gets a transaction of its own, which tells what is the matter with which.
+//! If a batch fails, its connections go on in smaller ones, down to one: that tells what is the matter with which.
 
 mod batches;
 
@@ -36,9 +36,10 @@ use serde::{Deserialize, Serialize};
 use crate::{
     inspect::{Descriptor, Kind, TCP_LISTEN},
     mover::{Mailbox, Member, Task},
-    process::Tgid,
+    process::{self, Tgid},
     site::{Prepared, Site, locked, tgids_of},
     transaction,
+    turns::{MAX_BATCH, Pace},
 };
 
 use batches::Join;
@@ -61,6 +62,7 @@ struct Book {
     preparing: bool,
     /// Those of ours that wait for their turn.
     line: VecDeque<ConnId>,
+    pace: Pace,
     /// Batches of others that wait for theirs.
     joins: Vec<Join>,
 }
@@ -87,7 +89,8 @@ struct Waiter {
     member: Member,
     tgids: Vec<Tgid>,
     job: Job,
-    alone: bool,
+    /// See [`crate::turns::Waiting`].
+    most: usize,
     since: Instant,
 }
 
@@ -194,6 +197,7 @@ impl Session {
 
     /// One listing for all that are asked about meanwhile: on a host with many descriptors it takes milliseconds.
     fn prepare_all(&self) {
+        process::stand_back();
         let mut took = Duration::ZERO;
         loop {
             // Not more than a third of the time.
@@ -279,7 +283,8 @@ impl Session {
                 return self.not_started(conn, reason);
             }
         };
-        let waiter = Waiter { member, tgids, job, alone, since: Instant::now() };
+        let most = if alone { 1 } else { MAX_BATCH };
+        let waiter = Waiter { member, tgids, job, most, since: Instant::now() };
         book.wait(conn, waiter);
         drop(book);
         self.site.bell.ring();
@@ -323,6 +328,7 @@ impl Session {
     }
 
     fn scan(&self, seq: u64, cgroup_id: u64) {
+        process::stand_back();
         let listed = match self.site.programs.descriptors() {
             Ok(listed) => listed,
             // No answer: an empty one would say that all connections are over.

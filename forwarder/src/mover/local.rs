@@ -113,7 +113,7 @@ impl Local<'_> {
         deadline: Instant,
         gate_opened: &mut bool,
     ) -> Result<(), Refusal> {
-        let (facts, mut looks, _rooms) = match self.look(frozen, inspector)? {
+        let (facts, mut looks, _rooms) = match self.look(frozen, inspector, deadline)? {
             (facts, looks, Relation::Settled) => (facts, looks, vec![]),
             (_, _, Relation::InFlight) => {
                 let old = self.ends.iter().map(|end| end.old.as_fd());
@@ -145,8 +145,9 @@ impl Local<'_> {
         &self,
         frozen: &Frozen,
         inspector: &Inspector,
+        deadline: Instant,
     ) -> Result<(Vec<SocketFacts>, Vec<Look>, Relation), Refusal> {
-        let facts = facts_while_frozen(self.ends.iter().copied(), frozen, inspector)?;
+        let facts = facts_while_frozen(self.ends.iter().copied(), frozen, inspector, deadline)?;
         if facts.iter().map(SocketFacts::unread_bytes).sum::<u64>() > MAX_UNREAD_BYTES as u64 {
             return Err(Refusal::TooManyUnreadBytes);
         }
@@ -167,7 +168,7 @@ impl Local<'_> {
         deadline: Instant,
     ) -> Result<(Vec<SocketFacts>, Vec<Look>), Refusal> {
         loop {
-            match self.look(frozen, inspector)? {
+            match self.look(frozen, inspector, deadline)? {
                 (facts, looks, Relation::Settled) => return Ok((facts, looks)),
                 (_, _, Relation::Strangers) => return Err(Refusal::NotTheSameConnection),
                 (_, _, Relation::InFlight) if Instant::now() >= deadline => return Err(Refusal::NotSettled),

@@ -109,7 +109,7 @@ impl Session {
         let mut reserved = None;
         let waiting: Vec<Waiting<'_>> =
             book.line.iter().filter_map(|conn| book.waiter(*conn)).map(Waiter::waiting).collect();
-        let places = next_batch(&waiting, |tgids| {
+        let places = next_batch(&waiting, book.pace, |tgids| {
             reserved = self.site.reserve(tgids.to_vec());
             reserved.is_some()
         })?;
@@ -158,10 +158,13 @@ impl Session {
         match finished {
             Finished::Moved(all) => {
                 let together = all.len();
+                let pause = all.iter().map(|over| over.moved.pause_us).max();
+                self.learn_pace(together, pause.unwrap_or(0));
                 all.into_iter().for_each(|over| self.moved(over, together));
             }
             Finished::Aborted { members, reason, pause_us, afresh } => {
                 let again = afresh && members.len() > 1;
+                self.learn_pace(members.len(), pause_us);
                 for (member, tgids) in members.into_iter().zip(&moving.tgids) {
                     if again {
                         self.put_back_in_line(&moving, member, tgids);
@@ -172,6 +175,10 @@ impl Session {
                 self.not_moved(&moving, reason, pause_us);
             }
         }
+    }
+
+    fn learn_pace(&self, together: usize, pause_us: u64) {
+        locked(&self.book).pace.learn(together, Duration::from_micros(pause_us));
     }
 
     fn moved(&self, Over { prepared, moved, parked }: Over, together: usize) {
@@ -193,7 +200,7 @@ impl Session {
         self.ended(conn, Outcome::Moved(moved));
     }
 
-    /// For a transaction of its own, unless it was given up meanwhile.
+    /// For a smaller batch, unless it was given up meanwhile.
     fn put_back_in_line(&self, moving: &Moving, member: Member, tgids: &[Tgid]) {
         let conn = member.prepared.conn;
         let mut book = locked(&self.book);
@@ -202,8 +209,9 @@ impl Session {
             drop(book);
             return close_unused(&member);
         }
-        let waiter =
-            Waiter { member, tgids: tgids.to_vec(), job: moving.job, alone: true, since: Instant::now() };
+        // Those with which nothing is the matter are soon by themselves.
+        let (most, tgids) = ((moving.conns.len() / 4).max(1), tgids.to_vec());
+        let waiter = Waiter { member, tgids, job: moving.job, most, since: Instant::now() };
         book.wait(conn, waiter);
     }
 
@@ -322,7 +330,7 @@ impl Waiter {
             Job::Local { .. } => (Manner::Settle, None),
         };
         let direction = self.member.prepared.direction;
-        Waiting { tgids: &self.tgids, direction, manner, other_end, alone: self.alone }
+        Waiting { tgids: &self.tgids, direction, manner, other_end, most: self.most }
     }
 }
 

@@ -24,6 +24,7 @@ impl Ledger {
         let Some(flow) = self.flows.get_mut(&tuple) else { return };
         flow.attempt =
             Some(Attempt { negotiation, cause, number, rendezvous: None, holder: None, other_holder: None });
+        flow.in_line = false;
         self.attempts += usize::from(part != Part::Follower);
         self.set_alarm(tuple, self.now + STEP);
         for output in outputs {
@@ -173,8 +174,9 @@ impl Ledger {
         while self.attempts < MAX_ATTEMPTS
             && let Some(tuple) = self.line.pop_front()
         {
-            if let Some(flow) = self.flows.get_mut(&tuple) {
-                flow.in_line = false;
+            // Started by something else meanwhile: this place is void.
+            if self.flows.get_mut(&tuple).is_some_and(|flow| std::mem::take(&mut flow.in_line)) {
+                self.clear_alarm(tuple);
                 self.consider(tuple);
             }
         }

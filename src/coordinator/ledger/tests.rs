@@ -28,7 +28,9 @@ struct World {
     queue: VecDeque<(usize, Event)>,
     /// What the forwarder of each host answers to the next questions, instead of yes.
     refusals: [VecDeque<Refusal>; 2],
-    moving: [Option<ConnId>; 2],
+    moving: [HashSet<ConnId>; 2],
+    /// Moves take their time: until [`World::end_moves`].
+    moves_wait: bool,
     answers: Vec<(usize, Result<u64, Refusal>)>,
     released: [HashSet<ConnId>; 2],
     said: Vec<Message>,
@@ -43,7 +45,8 @@ impl World {
             now,
             queue: VecDeque::new(),
             refusals: Default::default(),
-            moving: [None, None],
+            moving: Default::default(),
+            moves_wait: false,
             answers: Vec::new(),
             released: Default::default(),
             said: Vec::new(),
@@ -97,13 +100,9 @@ impl World {
             }
             Action::ConnectLocal { conn, .. } => self.queue.push_back((host, Event::Path(conn, true))),
             Action::Move { conn, .. } => {
-                self.moving[host] = Some(conn);
-                if self.moving == [Some(conn), Some(conn)] {
-                    self.moving = [None, None];
-                    for host in [0, 1] {
-                        let outcome = Outcome::Moved(self.moved(1));
-                        self.queue.push_back((host, Event::Ended(conn, outcome)));
-                    }
+                self.moving[host].insert(conn);
+                if self.moving[other].contains(&conn) && !self.moves_wait {
+                    self.end_move(conn);
                 }
             }
             Action::MoveLocal { conn, .. } => {
@@ -112,6 +111,22 @@ impl World {
             }
             Action::Answer(_, result) => self.answers.push((host, result)),
         }
+    }
+
+    fn end_move(&mut self, conn: ConnId) {
+        for host in [0, 1] {
+            self.moving[host].remove(&conn);
+            let outcome = Outcome::Moved(self.moved(1));
+            self.queue.push_back((host, Event::Ended(conn, outcome)));
+        }
+    }
+
+    /// All that are under way at both hosts.
+    fn end_moves(&mut self) {
+        for conn in self.moving[0].intersection(&self.moving[1]).copied().collect::<Vec<_>>() {
+            self.end_move(conn);
+        }
+        self.at(0, Event::Alarm);
     }
 
     fn moved(&mut self, sockets: u64) -> Moved {
@@ -192,6 +207,36 @@ fn a_connection_that_both_ends_want_is_swapped_whichever_learns_of_it_first() {
         world.expect_all(Shown::Host);
         assert_eq!(world.ledgers[0].counts().swaps, 1);
     }
+}
+
+#[test]
+fn of_too_many_connections_each_gets_its_turn_also_after_a_refusal() {
+    let mut world = World::new();
+    world.moves_wait = true;
+    let many = 2 * MAX_ATTEMPTS + 100;
+    for number in 0..many {
+        let mut tuple = tuple();
+        tuple.local.set_port(10_000 + number as u16);
+        for (host, tuple) in [(0, tuple), (1, tuple.reversed())] {
+            let event = world.learned(tuple, Home::Peer(addresses()[1 - host]), None);
+            world.at(host, event);
+        }
+    }
+    assert_eq!(world.moving[0].len(), MAX_ATTEMPTS);
+    world.refusals[0].extend([Refusal::HolderBusy; 50]);
+    while world.ledgers[0].swapped() < many {
+        world.end_moves();
+        world.wait(Duration::from_millis(100));
+        assert!(world.moving[0].len() <= MAX_ATTEMPTS);
+    }
+    world.refusals[0].extend([Refusal::UnseenReference; 50]);
+    world.at(0, Event::Stop { leave: false });
+    for _ in 0..20 {
+        world.end_moves();
+        world.wait(Duration::from_millis(100));
+    }
+    assert_eq!(world.ledgers[0].swapped(), 0);
+    assert!(world.ledgers[0].is_quiet());
 }
 
 #[test]
