@@ -26,11 +26,13 @@ pub struct Attachments {
     /// The namespaces at the other ends of this host's interfaces, and when they were listed.
     neighbours: HashSet<i32>,
     listed: Option<Instant>,
+    /// Processes whose network was found to be attached since: one may have thousands of connections.
+    attached: HashSet<u32>,
 }
 
 impl Attachments {
     pub fn new(netlink: rtnetlink::Handle) -> Attachments {
-        Attachments { netlink, neighbours: HashSet::new(), listed: None }
+        Attachments { netlink, neighbours: HashSet::new(), listed: None, attached: HashSet::new() }
     }
 
     /// Does an interface of this host lead straight into the network namespace that process `tgid` is in? Yes for a
@@ -40,7 +42,8 @@ impl Attachments {
             // First: listing gives a number to every namespace at the other end of an interface.
             self.list().await?;
         }
-        if self.leads_to(tgid).await? {
+        if self.attached.contains(&tgid) || self.leads_to(tgid).await? {
+            self.attached.insert(tgid);
             return Ok(true);
         }
         // A container that was started since.
@@ -59,6 +62,7 @@ impl Attachments {
             }));
         }
         self.neighbours = neighbours;
+        self.attached.clear();
         self.listed = Some(Instant::now());
         Ok(())
     }

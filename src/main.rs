@@ -85,7 +85,7 @@ fn start<F: Future<Output = Result<()>>>(settings: Settings, what: impl FnOnce(S
         .init();
     // What libbpf prints explains our own errors, and is expected where fexit programs are tried in vain.
     libbpf_rs::set_print(Some((libbpf_rs::PrintLevel::Debug, |_, text| log::debug!("{}", text.trim_end()))));
-    heap::return_large_buffers();
+    heap::keep_small();
     raise_descriptor_limit().context("raising RLIMIT_NOFILE")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(what(settings))

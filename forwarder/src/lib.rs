@@ -92,7 +92,7 @@ pub fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
-    heap::return_large_buffers();
+    heap::keep_small();
     env_logger::Builder::new().filter_level(arguments.log_level).init();
     probe()?;
     room::raise_limit().context("raising RLIMIT_NOFILE")?;

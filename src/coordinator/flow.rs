@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A connection of this host, as the router knows it, and as it shows it.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use forwarder_api::{ConnId, Direction, Holder, Moved, Refusal, SocketInode};
 use serde::{Deserialize, Serialize};
@@ -82,7 +85,7 @@ pub struct Flow {
     pub v6: bool,
     /// Network namespace of the overlay socket; 0 where it is not known any more.
     pub netns: u32,
-    pub workload: Workload,
+    pub workload: Arc<Workload>,
     pub home: Home,
     pub path: Path,
     pub overlay_socket: SocketInode,
@@ -130,7 +133,7 @@ pub struct NotedEnd {
     pub side: Side,
     pub v6: bool,
     pub overlay_socket: SocketInode,
-    pub workload: Workload,
+    pub workload: Arc<Workload>,
     pub home: Home,
 }
 
@@ -174,7 +177,7 @@ impl Flow {
             side: self.side,
             v6: self.v6,
             overlay_socket: self.overlay_socket,
-            workload: self.workload.clone(),
+            workload: Arc::clone(&self.workload),
             home: self.home,
         }
     }

@@ -16,6 +16,7 @@ mod wants;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -60,7 +61,7 @@ pub struct Learned {
     pub v6: bool,
     pub netns: u32,
     pub socket: SocketInode,
-    pub workload: Workload,
+    pub workload: Arc<Workload>,
     pub home: Home,
     pub declined: Option<Refusal>,
     /// When it was seen, at the earliest.
@@ -85,7 +86,7 @@ pub struct Stranded {
     pub side: Side,
     pub v6: bool,
     pub socket: SocketInode,
-    pub workload: Workload,
+    pub workload: Arc<Workload>,
     pub home: Home,
     pub declined: Option<Refusal>,
 }
@@ -199,7 +200,8 @@ pub struct Counts {
 }
 
 pub struct Ledger {
-    flows: BTreeMap<Tuple, Flow>,
+    /// In boxes: half of the room in the nodes of a tree is empty.
+    flows: BTreeMap<Tuple, Box<Flow>>,
     conns: HashMap<ConnId, Tuple>,
     alarms: BTreeSet<(Instant, Tuple)>,
     /// Peers that are to be reached, and whether they are.
@@ -279,7 +281,7 @@ impl Ledger {
 
     /// After a stop: is there nothing left to wait for?
     pub fn is_quiet(&self) -> bool {
-        self.flows.values().all(|flow| flow.attempt.is_none() && flow.order.is_none())
+        self.flows().all(|flow| flow.attempt.is_none() && flow.order.is_none())
     }
 
     pub fn counts(&self) -> &Counts {
@@ -289,15 +291,15 @@ impl Ledger {
     /// Connections on the host network; one within this host counts once.
     pub fn swapped(&self) -> usize {
         let first = |flow: &&Flow| flow.home != Home::SameHost || flow.tuple.decides();
-        self.flows.values().filter(|flow| flow.on_host().is_some()).filter(first).count()
+        self.flows().filter(|flow| flow.on_host().is_some()).filter(first).count()
     }
 
     pub fn flows(&self) -> impl Iterator<Item = &Flow> {
-        self.flows.values()
+        self.flows.values().map(Box::as_ref)
     }
 
     pub fn views(&self) -> Vec<FlowView> {
-        self.flows.values().map(|flow| flow.view(self.now)).collect()
+        self.flows().map(|flow| flow.view(self.now)).collect()
     }
 
     pub fn peers(&self) -> &BTreeMap<PeerAddress, bool> {
@@ -305,7 +307,7 @@ impl Ledger {
     }
 
     pub fn find(&self, conn: ConnId) -> Option<&Flow> {
-        self.flows.values().find(|flow| flow.conn == conn)
+        self.flows().find(|flow| flow.conn == conn)
     }
 
     fn set_alarm(&mut self, tuple: Tuple, at: Instant) {

@@ -3,10 +3,11 @@
 //! its other end is.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     io,
     net::IpAddr,
     os::unix::fs::MetadataExt,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -39,6 +40,8 @@ pub struct Lookup {
     attachments: Attachments,
     peers: Peers,
     workloads: Box<dyn WorkloadSource>,
+    /// Each once: a container may have thousands of connections.
+    containers: HashSet<Arc<Workload>>,
     rules: RuleSet,
     /// What was wrong with them the last time, so that it is said once.
     rules_error: Option<String>,
@@ -78,6 +81,7 @@ impl Lookup {
             interfaces,
             peers,
             workloads,
+            containers: HashSet::new(),
             rules,
             rules_error: None,
             own_netns,
@@ -142,10 +146,17 @@ impl Lookup {
         Some(Learned { tuple, side, v6, netns, socket, workload, home, declined, seen })
     }
 
-    fn workload(&self, tgid: u32) -> Option<Workload> {
-        of_process(self.workloads.as_ref(), tgid)
+    fn workload(&mut self, tgid: u32) -> Option<Arc<Workload>> {
+        let workload = of_process(self.workloads.as_ref(), tgid)
             .inspect_err(|error| log::warn!("process {tgid}: its container cannot be told now: {error}"))
-            .ok()
+            .ok()?;
+        if let Some(known) = self.containers.get(&workload) {
+            return Some(Arc::clone(known));
+        }
+        self.containers.retain(|known| Arc::strong_count(known) > 1);
+        let workload = Arc::new(workload);
+        self.containers.insert(Arc::clone(&workload));
+        Some(workload)
     }
 
     async fn is_attached(&mut self, tgid: u32) -> bool {

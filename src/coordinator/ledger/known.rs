@@ -44,7 +44,7 @@ impl Ledger {
         let Learned { tuple, side, v6, netns, socket, workload, home, declined, seen } = learned;
         let end = NotedEnd { tuple, side, v6, overlay_socket: socket, workload, home };
         let flow = Flow { netns, declined, changed: seen, tried: seen, ..Flow::new(conn, end, self.now) };
-        self.flows.insert(tuple, flow);
+        self.flows.insert(tuple, Box::new(flow));
         if let Some(reason) = declined {
             self.refuse(tuple, reason);
         }
@@ -126,7 +126,7 @@ impl Ledger {
                 };
                 self.forget(end.tuple);
                 self.conns.insert(restored.conn, end.tuple);
-                self.flows.insert(end.tuple, flow);
+                self.flows.insert(end.tuple, Box::new(flow));
                 if let Home::Peer(peer) = end.home {
                     self.reach(peer);
                 }
@@ -149,7 +149,7 @@ impl Ledger {
         let on_host = OnHost { swap, moved: None, way_back: false, stalled: None };
         let flow = Flow { path: Path::Host(on_host), socket, declined, ..Flow::new(conn, end, self.now) };
         self.conns.insert(conn, tuple);
-        self.flows.insert(tuple, flow);
+        self.flows.insert(tuple, Box::new(flow));
         if let Home::Peer(peer) = home {
             self.reach(peer);
         }
@@ -157,7 +157,7 @@ impl Ledger {
 
     pub(super) fn host_socket_closed(&mut self, swap: u64) {
         let of_swap = |flow: &&Flow| flow.on_host().is_some_and(|on_host| on_host.swap == swap);
-        let closed: Vec<Tuple> = self.flows.values().filter(of_swap).map(|flow| flow.tuple).collect();
+        let closed: Vec<Tuple> = self.flows().filter(of_swap).map(|flow| flow.tuple).collect();
         for tuple in closed {
             if !self.is_in_a_move(tuple) {
                 self.forget(tuple);
@@ -169,7 +169,7 @@ impl Ledger {
     pub(super) fn is_in_a_move(&self, tuple: Tuple) -> bool {
         let moves = |flow: &Flow| flow.attempt.is_some();
         let mate = self.flows.get(&tuple.reversed()).filter(|mate| mate.home == Home::SameHost);
-        self.flows.get(&tuple).is_some_and(moves) || mate.is_some_and(moves)
+        self.flows.get(&tuple).is_some_and(|flow| moves(flow)) || mate.is_some_and(|flow| moves(flow))
     }
 
     /// The connection is over, as far as this host can know.
@@ -199,7 +199,7 @@ impl Ledger {
 
     pub(super) fn forwarder_down(&mut self) {
         self.forwarder_is_up = false;
-        let attempts = self.flows.values().filter(|flow| flow.attempt.is_some());
+        let attempts = self.flows().filter(|flow| flow.attempt.is_some());
         for tuple in attempts.map(|flow| flow.tuple).collect::<Vec<_>>() {
             self.step(tuple, Input::ForwarderLost);
         }

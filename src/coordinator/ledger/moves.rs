@@ -127,7 +127,7 @@ impl Ledger {
         }
         let mate = self.flows.get(&flow.tuple.reversed());
         let mate = mate.filter(|_| attempt.negotiation.part == Part::Both);
-        let ends = [Some(flow), mate].into_iter().flatten().map(Flow::noted).collect();
+        let ends = [Some(flow), mate.map(Box::as_ref)].into_iter().flatten().map(Flow::noted).collect();
         let note = postcard::to_stdvec(&Note { swap: attempt.number, ends }).unwrap_or_default();
         match mate {
             None => PrepareTarget::Remote { socket: flow.socket, note },

@@ -22,7 +22,7 @@ impl Ledger {
 
     pub(super) fn of_peer(&self, peer: PeerAddress) -> Vec<Tuple> {
         let there = |flow: &&Flow| flow.home == Home::Peer(peer);
-        self.flows.values().filter(there).map(|flow| flow.tuple).collect()
+        self.flows().filter(there).map(|flow| flow.tuple).collect()
     }
 
     pub(super) fn peer_up(&mut self, peer: PeerAddress) {

@@ -25,7 +25,7 @@ impl Ledger {
             let waiting = swaps.get(&on_host.swap).copied();
             (waiting.is_some() || on_host.stalled.is_some()).then_some((flow.tuple, waiting))
         };
-        for (tuple, waiting) in self.flows.values().filter_map(concerned).collect::<Vec<_>>() {
+        for (tuple, waiting) in self.flows().filter_map(concerned).collect::<Vec<_>>() {
             match waiting {
                 _ if self.is_in_a_move(tuple) => {}
                 Some(bytes) => self.leave_host_path(tuple, bytes),

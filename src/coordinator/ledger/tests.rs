@@ -142,7 +142,7 @@ impl World {
             v6: false,
             netns: u32::from(tuple.local.port()),
             socket: SocketInode(u64::from(tuple.local.port())),
-            workload: Workload::default(),
+            workload: Arc::default(),
             home,
             declined,
             seen: self.now,
