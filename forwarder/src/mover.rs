@@ -260,7 +260,12 @@ impl Remote {
         let result = running.ended.take().unwrap_or(Err(Refusal::InjectionFailed));
         let times = std::mem::take(&mut running.times);
         let figures = Figures {
-            common: Moved { threads: running.threads, processes: processes as u32, ..times.moved() },
+            common: Moved {
+                together: self.members.len() as u32,
+                threads: running.threads,
+                processes: processes as u32,
+                ..times.moved()
+            },
             unread: running.facts.iter().map(SocketFacts::unread_bytes).collect(),
             heard: running.heard,
         };

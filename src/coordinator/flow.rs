@@ -251,6 +251,7 @@ impl Flow {
             settle_us: moved.map(|moved| moved.settle_us),
             install_us: moved.map(|moved| moved.install_us),
             unread_bytes: moved.map(|moved| moved.unread_bytes),
+            together: moved.map(|moved| moved.together),
             way_back: self.on_host().map(|on_host| on_host.way_back),
             reason: self.shown_reason().map(Refusal::label).map(str::to_owned),
             reason_text: self.reason_text(),
@@ -291,6 +292,8 @@ pub struct FlowView {
     pub settle_us: Option<u64>,
     pub install_us: Option<u64>,
     pub unread_bytes: Option<u64>,
+    /// Connections that moved in the same freeze, this one included.
+    pub together: Option<u32>,
     /// Can it go back? Not after the forwarder was lost.
     pub way_back: Option<bool>,
     /// Why it is not swapped: a name, and a sentence.

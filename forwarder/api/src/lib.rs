@@ -210,6 +210,8 @@ pub struct Moved {
     pub install_us: u64,
     /// Bytes that this end's application had not read yet, carried over.
     pub unread_bytes: u64,
+    /// Connections that moved in the same freeze, this one included.
+    pub together: u32,
     /// Processes, threads and descriptors of this end.
     pub processes: u32,
     pub threads: u32,

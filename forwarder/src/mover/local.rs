@@ -55,7 +55,7 @@ pub fn run_local(site: &Site, mut members: Vec<Member>, budget: Duration) -> Fin
     if let Err(reason) = result {
         return Finished::Aborted { members, reason, pause_us: times.pause_us(), afresh: !gate_opened };
     }
-    let common = Moved { threads, processes, ..times.moved() };
+    let common = Moved { together: members.len() as u32, threads, processes, ..times.moved() };
     let over = |(member, unread): (Member, &[usize])| over(member, unread, &common);
     Finished::Moved(members.into_iter().zip(unread.chunks_exact(2)).map(over).collect())
 }

@@ -157,10 +157,9 @@ impl Session {
     fn finished(&self, moving: Moving, finished: Finished) {
         match finished {
             Finished::Moved(all) => {
-                let together = all.len();
                 let pause = all.iter().map(|over| over.moved.pause_us).max();
-                self.learn_pace(together, pause.unwrap_or(0));
-                all.into_iter().for_each(|over| self.moved(over, together));
+                self.learn_pace(all.len(), pause.unwrap_or(0));
+                all.into_iter().for_each(|over| self.moved(over));
             }
             Finished::Aborted { members, reason, pause_us, afresh } => {
                 let again = afresh && members.len() > 1;
@@ -181,7 +180,7 @@ impl Session {
         locked(&self.book).pace.learn(together, Duration::from_micros(pause_us));
     }
 
-    fn moved(&self, Over { prepared, moved, parked }: Over, together: usize) {
+    fn moved(&self, Over { prepared, moved, parked }: Over) {
         let conn = prepared.conn;
         if let Some(parked) = parked {
             self.site.park(conn, parked);
@@ -189,7 +188,7 @@ impl Session {
         drop(prepared);
         log::info!(
             "{conn}: moved with {} others, pause {} us (freeze {}, settle {}, install {}), {} bytes unread, {} threads",
-            together - 1,
+            moved.together - 1,
             moved.pause_us,
             moved.freeze_us,
             moved.settle_us,

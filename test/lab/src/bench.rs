@@ -17,7 +17,7 @@ mod latency;
 mod live;
 mod memcached;
 mod mpi;
-mod pauses;
+mod pause;
 mod postgres;
 mod rate;
 mod redis;
@@ -114,7 +114,7 @@ impl Part {
     }
 }
 
-static KEYS: [&Key; 11] = [
+static KEYS: [&Key; 12] = [
     &iperf3::KEY,
     &latency::KEY,
     &rate::KEY,
@@ -124,6 +124,7 @@ static KEYS: [&Key; 11] = [
     &mpi::LATENCY,
     &mpi::BANDWIDTH,
     &mpi::ALL_TO_ALL,
+    &pause::KEY,
     &scale::KEY,
     &cost::KEY,
 ];

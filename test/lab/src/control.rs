@@ -23,6 +23,9 @@ pub struct Flow {
     pub path: String,
     #[serde(default)]
     pub pause_us: Option<u64>,
+    /// How many connections moved in the same freeze.
+    #[serde(default)]
+    pub together: Option<u32>,
     #[serde(default)]
     pub reason: Option<String>,
     #[serde(default)]

@@ -202,6 +202,14 @@ pub fn median(values: &[f64]) -> Option<f64> {
     }
 }
 
+/// The smallest value that this part of the values do not exceed.
+pub fn quantile(values: &[f64], part: f64) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let rank = (part * sorted.len() as f64).ceil() as usize;
+    sorted.get(rank.saturating_sub(1)).copied()
+}
+
 /// The median of the ratios of figures that were taken right after each other.
 pub fn paired_ratio(figures: &[f64], to: &[f64]) -> f64 {
     let ratios: Vec<f64> = figures.iter().zip(to).map(|(figure, to)| figure / to).collect();

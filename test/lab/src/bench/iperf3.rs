@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Result;
 use lab::measure::{IPERF3_PORT, RunningIperf3, Summary, iperf3_summary};
 
-use super::{Figure, Key, Part, Quantity, Rules, Run, Setting, figure::Target, live, pauses};
+use super::{Figure, Key, Part, Quantity, Rules, Run, Setting, figure::Target, live, pause};
 
 pub static KEY: Key = Key {
     name: "iperf3",
@@ -45,7 +45,7 @@ fn parts(_: &Setting) -> Result<Vec<Part>> {
             ])
         })
     };
-    Ok(KINDS.into_iter().map(part).chain(pauses::parts()).collect())
+    Ok(KINDS.into_iter().map(part).chain(pause::main_parts()).collect())
 }
 
 pub fn once(run: &Run<'_>, arguments: &[&str], streams: usize) -> Result<Summary> {
