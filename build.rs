@@ -1,4 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
 fn main() -> anyhow::Result<()> {
-    bpf_skeleton::build(&["connect", "identity", "stall"])
+    bpf_skeleton::build(&["connect", "identity", "process", "stall"])
 }

@@ -45,8 +45,6 @@ command -v cargo >/dev/null || [[ -x ${CARGO_HOME:-$HOME/.cargo}/bin/cargo ]] ||
     { echo "error: cargo is missing: install Rust from https://rustup.rs" >&2; exit 1; }
 
 if ((EUID == 0)); then
-    # Where fexit programs are not allowed, the syscall tracepoints are found here.
-    mountpoint -q /sys/kernel/tracing || mount -t tracefs nodev /sys/kernel/tracing
     grep -q ' cgroup2 ' /proc/self/mounts || {
         mkdir -p /sys/fs/cgroup/unified
         mount -t cgroup2 none /sys/fs/cgroup/unified

@@ -86,7 +86,7 @@ fn status_text(status: &Status) -> String {
         // Writing to a String does not fail.
         let _ = writeln!(text, "{name:<12} {value}");
     };
-    line("router", format!("{} (process {}), tracing by {}", status.version, status.pid, status.mode));
+    line("router", format!("{} (process {})", status.version, status.pid));
     line("forwarder", forwarder);
     line("rules", status.rules.to_string());
     for (peer, reached) in &status.peers {

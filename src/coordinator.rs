@@ -82,8 +82,6 @@ pub enum Wish {
 pub struct Status {
     pub version: String,
     pub pid: u32,
-    /// The tracing in use: fexit or tracepoints.
-    pub mode: String,
     /// Process id of the forwarder, if it is reached.
     pub forwarder: Option<u32>,
     pub rules: usize,
@@ -152,6 +150,8 @@ type Made = (ConnId, io::Result<Lines>);
 struct Scans {
     last: u64,
     began: BTreeMap<u64, Instant>,
+    /// Since when scans show the sockets that are too young to be known. None: there was no scan yet.
+    young: Option<HashMap<SocketInode, Instant>>,
     waiting: Vec<(u64, oneshot::Sender<Vec<FlowView>>)>,
 }
 
@@ -338,7 +338,6 @@ impl Coordinator {
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
-            mode: self.parts.tracer.mode().to_string(),
             forwarder: self.forwarder.as_ref().map(|(pid, _)| *pid),
             rules: self.parts.lookup.rules(),
             flows: self.ledger.flows().count(),
@@ -363,15 +362,26 @@ impl Coordinator {
 
     async fn scanned(&mut self, seq: u64, records: Vec<SocketRecord>) {
         let Some(began) = self.scans.began.remove(&seq) else { return };
+        let before = self.scans.young.take();
+        let mut young = HashMap::new();
         for record in &records {
+            let tuple = lookup::tuple_of(record);
             // Most are known as they are: nothing about them needs to be looked up again.
-            if self.ledger.knows(lookup::tuple_of(record), record.socket) {
+            if self.ledger.knows(tuple, record.socket) {
+                continue;
+            }
+            // Tracing will tell of it, but for what it has missed. Who is in the first scan may be of any age.
+            let since = before.as_ref().map(|before| *before.get(&record.socket).unwrap_or(&began));
+            let age = since.map(|since| began.saturating_duration_since(since));
+            if !self.ledger.knows_of(tuple) && !self.parts.lookup.is_old_enough(record, age) {
+                young.insert(record.socket, since.unwrap_or(began));
                 continue;
             }
             if let Some(learned) = self.parts.lookup.record(record, began).await {
                 self.handle(Event::Learned(learned)).await;
             }
         }
+        self.scans.young = Some(young);
         self.take_in_stranded(&records).await;
         let bytes = |record: &SocketRecord| (record.socket, (record.bytes_sent, record.bytes_received));
         let sockets = records.iter().map(bytes).collect();

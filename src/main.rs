@@ -12,6 +12,7 @@ mod forwarder;
 mod heap;
 mod identity;
 mod peers;
+mod process;
 mod rules;
 mod settings;
 mod stall;
@@ -23,17 +24,18 @@ use std::{io::Write, net::IpAddr, process::ExitCode};
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use control::ControlSocket;
 use coordinator::{Inlets, Lookup, Parts};
 use identity::Identity;
 use peers::{Interfaces, Peers};
+use process::Processes;
 use rules::RuleSet;
 use settings::{Arguments, Command, Settings};
 use stall::Watch;
-use trace::{Scope, TraceEvent, Tracer};
-use workload::StaticWorkloads;
+use trace::{Scope, Side, Telling, TraceEvent, Tracer};
+use workload::{StaticWorkloads, of_process};
 
 /// Events of tracing that may wait; more are lost, counted.
 const TRACED: usize = 16384;
@@ -83,7 +85,7 @@ fn start<F: Future<Output = Result<()>>>(settings: Settings, what: impl FnOnce(S
         .filter_level(settings.log_level)
         .filter_module("netlink", log::LevelFilter::Off)
         .init();
-    // What libbpf prints explains our own errors, and is expected where fexit programs are tried in vain.
+    // What libbpf prints explains our own errors.
     libbpf_rs::set_print(Some((libbpf_rs::PrintLevel::Debug, |_, text| log::debug!("{}", text.trim_end()))));
     heap::keep_small();
     raise_descriptor_limit().context("raising RLIMIT_NOFILE")?;
@@ -102,10 +104,7 @@ async fn run(settings: Settings) -> Result<()> {
         bail!("{obstacle}");
     }
     let rules = RuleSet::load(&settings.rules)?;
-    let workloads = match &settings.labels {
-        Some(path) => StaticWorkloads::load(path)?,
-        None => StaticWorkloads::default(),
-    };
+    let workloads = workloads(&settings)?;
     let netlink = peers::netlink()?;
     let interfaces = Interfaces::find(&netlink, &settings.overlay_if, &settings.host_if).await?;
     let IpAddr::V4(host_address) = interfaces.host_address else { bail!("HOST_IF has no IPv4 address") };
@@ -118,18 +117,20 @@ async fn run(settings: Settings) -> Result<()> {
     let scope = Scope::of(&scope_path)?;
     let identity = Identity::attach(&scope_path, &settings.pins)?;
     let (traced, from_trace) = mpsc::channel(TRACED);
-    let tracer = Tracer::start(&scope, &identity, traced)?;
+    let number = rules.len();
+    let (rules, rules_of_tracer) = watch::channel(rules);
+    let tracer = Tracer::start(&scope, &identity, Telling::WhenOldEnough(rules_of_tracer), traced)?;
+    let processes = Processes::load(&scope)?;
     let watch = Watch::start(&identity)?;
     let (wishes, from_control) = mpsc::channel(WISHES);
     log::info!(
-        "tracing by {} in {}, {} rules, routers on port {}, commands at {}",
-        tracer.mode(),
+        "tracing in {}, {} rules, routers on port {}, commands at {}",
         scope_path.display(),
-        rules.len(),
+        number,
         settings.router_port,
         settings.control.display()
     );
-    let lookup = Lookup::new(netlink, interfaces, peers, Box::new(workloads), rules)?;
+    let lookup = Lookup::new(netlink, interfaces, peers, Box::new(workloads), processes, rules)?;
     let serving = tokio::spawn(control.serve(wishes));
     let parts = Parts { settings, host_address, lookup, identity, scope, tracer, watch };
     let inlets = Inlets { traced: from_trace, peers: listener, wishes: from_control };
@@ -152,25 +153,33 @@ async fn check(settings: Settings) -> Result<()> {
 }
 
 async fn print_traced(settings: Settings) -> Result<()> {
+    let workloads = workloads(&settings)?;
     let scope_path = settings.scope()?;
     let scope = Scope::of(&scope_path)?;
     let identity = Identity::attach(&scope_path, &settings.pins)?;
+    let mut processes = Processes::load(&scope)?;
     let (traced, mut from_trace) = mpsc::channel(TRACED);
-    let tracer = Tracer::start(&scope, &identity, traced)?;
-    log::info!("tracing by {} in {}", tracer.mode(), scope_path.display());
+    let _tracer = Tracer::start(&scope, &identity, Telling::AtOnce, traced)?;
+    log::info!("tracing in {}", scope_path.display());
     let interrupted = tokio::signal::ctrl_c();
     tokio::pin!(interrupted);
     loop {
         tokio::select! {
             Some(event) = from_trace.recv() => if let TraceEvent::Connection(seen) = event {
-                println!(
-                    "{} {} - {} by {} (process {}, fd {}, {})",
-                    if seen.side == trace::Side::Client { "connect" } else { "accept " },
-                    seen.local, seen.remote, seen.comm, seen.tgid, seen.fd, seen.socket.0,
-                );
+                let verb = if seen.side == Side::Client { "connect" } else { "accept " };
+                let process = processes.find(seen.cgroup_id, seen.netns)?;
+                let workload = process.map(|tgid| of_process(&workloads, tgid)).transpose()?.unwrap_or_default();
+                println!("{verb} {} - {} by {}", seen.local, seen.remote, workload.name);
             },
             _ = &mut interrupted => break,
         }
     }
     identity.unpin().with_context(|| format!("{}", settings.pins.display()))
+}
+
+fn workloads(settings: &Settings) -> Result<StaticWorkloads> {
+    Ok(match &settings.labels {
+        Some(path) => StaticWorkloads::load(path)?,
+        None => StaticWorkloads::default(),
+    })
 }

@@ -8,6 +8,7 @@
 //!
 //! Pure but for [`RuleSet::load`].
 
+mod after;
 mod parse;
 mod source;
 #[cfg(test)]
@@ -15,6 +16,7 @@ mod tests;
 
 use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 
+pub use after::After;
 use ipnetwork::IpNetwork;
 
 /// One rule, as a key of the ConfigMap holds it.
@@ -27,11 +29,13 @@ pub struct Rule {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// Server in `from`, client in `to`; no network means any address. `reverse`: also the other way round.
+    /// Server in `from`, client in `to`; no network means any address. `reverse`: also the other way round. `after`:
+    /// when a connection is old enough.
     Cidr {
         from: Option<IpNetwork>,
         to: Option<IpNetwork>,
         reverse: bool,
+        after: Option<After>,
     },
     PodLabel {
         name: String,
@@ -107,26 +111,44 @@ impl RuleSet {
         self.decide_by_address(candidate)
     }
 
+    /// When a connection between these addresses is old enough to be swapped: as the cidr rules that hold it say, by
+    /// default where there is none.
+    pub fn after(&self, server: IpAddr, client: IpAddr) -> After {
+        let matching = self.rules.iter().filter(|rule| rule.kind.holds(server, client) == Some(true));
+        matching.map(|rule| rule.kind.after()).reduce(After::or).unwrap_or(After::DEFAULT)
+    }
+
+    /// Before this no connection is old enough.
+    pub fn least_after(&self) -> After {
+        self.rules.iter().map(|rule| rule.kind.after()).fold(After::DEFAULT, After::or)
+    }
+
     fn decide_by_address(&self, candidate: &Candidate<'_>) -> Verdict {
-        let mut any = false;
-        for rule in &self.rules {
-            let Kind::Cidr { from, to, reverse } = &rule.kind else { continue };
-            any = true;
-            let holds = |network: &Option<IpNetwork>, address| {
-                network.is_none_or(|network| network.contains(address))
-            };
-            let matches = |server, client| holds(from, server) && holds(to, client);
-            if matches(candidate.server, candidate.client)
-                || (*reverse && matches(candidate.client, candidate.server))
-            {
-                return Verdict::Swap;
-            }
+        let Candidate { server, client, .. } = candidate;
+        let mut verdicts = self.rules.iter().filter_map(|rule| rule.kind.holds(*server, *client)).peekable();
+        if verdicts.peek().is_none() || verdicts.any(|holds| holds) {
+            return Verdict::Swap;
         }
-        if any {
-            let why = format!("no cidr rule has server {} and client {}", candidate.server, candidate.client);
-            Verdict::Leave { why }
-        } else {
-            Verdict::Swap
+        Verdict::Leave { why: format!("no cidr rule has server {server} and client {client}") }
+    }
+}
+
+impl Kind {
+    /// Does this cidr rule hold for a connection between these addresses? `None`: it is of another type.
+    fn holds(&self, server: IpAddr, client: IpAddr) -> Option<bool> {
+        let Kind::Cidr { from, to, reverse, .. } = self else { return None };
+        let is_in =
+            |network: &Option<IpNetwork>, address| network.is_none_or(|network| network.contains(address));
+        let holds = |server, client| is_in(from, server) && is_in(to, client);
+        Some(holds(server, client) || (*reverse && holds(client, server)))
+    }
+
+    fn after(&self) -> After {
+        match self {
+            Kind::Cidr { after: Some(after), .. } => *after,
+            Kind::Cidr { after: None, .. } | Kind::PodLabel { .. } | Kind::ContainerLabel { .. } => {
+                After::DEFAULT
+            }
         }
     }
 }

@@ -10,7 +10,6 @@
 tests=(
     test/lab/tests/lab.rs            two_labs_with_the_same_addresses_are_up_at_once
     test/lab/tests/tracing.rs        traced
-    test/lab/tests/tracing.rs        the_log_says_which_programs_trace
     test/lab/tests/swap.rs           an_idle_connection_survives_fifty_swaps
 )
 # Looked for on this machine; a test that needs one that is not here fails in the guest and says so.
@@ -97,7 +96,7 @@ ln -s /bin/busybox "$root/sbin/modprobe" # where the kernel looks for it
 # What the guest does, as its first process: where that ends early, the kernel panics and the machine ends.
 cat >"$root/init" <<EOF
 #!/bin/sh -e
-export PATH=/usr/sbin:/usr/bin:/busybox HOME=/ LAB_QUIET=1 LAB_TRACING=fexit LAB_PROGRAMS=$target/release
+export PATH=/usr/sbin:/usr/bin:/busybox HOME=/ LAB_QUIET=1 LAB_PROGRAMS=$target/release
 mount -t proc none /proc
 mount -t sysfs none /sys
 mount -t devtmpfs none /dev
@@ -105,7 +104,6 @@ mount -t tmpfs none /run
 mount -t cgroup2 none /sys/fs/cgroup
 mount -t bpf none /sys/fs/bpf
 mount -t debugfs none /sys/kernel/debug
-mount -t tracefs none /sys/kernel/tracing
 ip link set lo up
 modprobe -a veth bridge vxlan tcp_diag udp_diag unix_diag
 echo "kernel: \$(uname -r), up after \$(cut -d ' ' -f 1 /proc/uptime) s"

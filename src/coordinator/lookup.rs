@@ -12,6 +12,7 @@ use std::{
 };
 
 use forwarder_api::{Refusal, SocketInode, SocketRecord};
+use tokio::sync::watch;
 
 use super::{
     flow::Home,
@@ -22,6 +23,7 @@ use crate::{
     attachment::Attachments,
     identity::Names,
     peers::{Interfaces, Peers, Whereabouts},
+    process::Processes,
     rules::{Candidate, RuleSet, Verdict, is_never_swapped},
     settings::Settings,
     trace::{Connection, Side},
@@ -42,7 +44,9 @@ pub struct Lookup {
     workloads: Box<dyn WorkloadSource>,
     /// Each once: a container may have thousands of connections.
     containers: HashSet<Arc<Workload>>,
-    rules: RuleSet,
+    processes: Processes,
+    /// Whoever sees new connections reads them as well.
+    rules: watch::Sender<RuleSet>,
     /// What was wrong with them the last time, so that it is said once.
     rules_error: Option<String>,
     own_netns: u32,
@@ -72,7 +76,8 @@ impl Lookup {
         interfaces: Interfaces,
         peers: Peers,
         workloads: Box<dyn WorkloadSource>,
-        rules: RuleSet,
+        processes: Processes,
+        rules: watch::Sender<RuleSet>,
     ) -> io::Result<Lookup> {
         let own_netns = std::fs::metadata("/proc/self/ns/net")?.ino() as u32;
         Ok(Lookup {
@@ -82,6 +87,7 @@ impl Lookup {
             peers,
             workloads,
             containers: HashSet::new(),
+            processes,
             rules,
             rules_error: None,
             own_netns,
@@ -91,14 +97,18 @@ impl Lookup {
 
     /// How many rules are in force.
     pub fn rules(&self) -> usize {
-        self.rules.len()
+        self.rules.borrow().len()
     }
 
     /// A connection that tracing has shown; `None` if it is the host's own, or left to the next scan.
     pub async fn connection(&mut self, seen: &Connection) -> Option<Learned> {
         let tuple = Tuple { local: seen.local, remote: seen.remote };
         let known = Seen { tuple, side: seen.side, v6: seen.v6, netns: seen.netns, socket: seen.socket };
-        self.learned(known, seen.tgid, Instant::now()).await
+        let tgid = self.processes.find(seen.cgroup_id, seen.netns).unwrap_or_else(|error| {
+            log::warn!("{error}");
+            None
+        })?;
+        self.learned(known, tgid, seen.born).await
     }
 
     /// A socket that a scan has found; `None` if it is the host's own, or not established.
@@ -110,6 +120,13 @@ impl Lookup {
         let side = side_of(record);
         let known = Seen { tuple, side, v6: record.v6, netns: record.netns, socket: record.socket };
         self.learned(known, record.tgid, began).await
+    }
+
+    /// Is a connection of this age (unknown: it is older than we are) old enough to be swapped?
+    pub fn is_old_enough(&self, record: &SocketRecord, age: Option<Duration>) -> bool {
+        let (server, client) = side_of(record).server_and_client(record.local.ip(), record.remote.ip());
+        let after = self.rules.borrow().after(server, client);
+        after.is_reached(age.unwrap_or(Duration::MAX), record.bytes_sent + record.bytes_received)
     }
 
     /// Is it a host socket that a container has? Its process lives in another network than the socket. Whose process we
@@ -168,17 +185,14 @@ impl Lookup {
 
     /// Why our rules do not want it swapped.
     pub fn verdict(&self, side: Side, tuple: Tuple, workload: &Workload) -> Option<Refusal> {
-        let (server, client) = match side {
-            Side::Client => (tuple.remote.ip(), tuple.local.ip()),
-            Side::Server => (tuple.local.ip(), tuple.remote.ip()),
-        };
+        let (server, client) = side.server_and_client(tuple.local.ip(), tuple.remote.ip());
         let candidate = Candidate {
             server,
             client,
             pod_labels: &workload.pod_labels,
             container_labels: &workload.container_labels,
         };
-        match self.rules.decide(&candidate) {
+        match self.rules.borrow().decide(&candidate) {
             Verdict::Swap => None,
             Verdict::Leave { why } => {
                 log::debug!("{} - {}: left on the overlay: {why}", tuple.local, tuple.remote);
@@ -225,12 +239,12 @@ impl Lookup {
         match RuleSet::load(&settings.rules) {
             Ok(rules) => {
                 self.rules_error = None;
-                if rules == self.rules {
-                    return false;
+                let (number, path) = (rules.len(), settings.rules.display());
+                let changed = self.rules.send_if_modified(|now| std::mem::replace(now, rules) != *now);
+                if changed {
+                    log::info!("{number} rules are read from {path}");
                 }
-                log::info!("{} rules are read from {}", rules.len(), settings.rules.display());
-                self.rules = rules;
-                true
+                changed
             }
             Err(error) => {
                 let error = error.to_string();

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use ipnetwork::IpNetwork;
 
-use super::Kind;
+use super::{After, Kind};
 
 /// What is wrong with a rule, and in which of its lines (from 1; 0 is the rule as a whole).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,9 +31,9 @@ pub fn rule(text: &str) -> Result<Kind, Wrong> {
             return wrong(format!("`{line}`: expected a line like key=value"));
         };
         let (key, value) = (key.trim(), unquoted(value.trim()));
-        if !["type", "name", "value", "from", "to", "reverse"].contains(&key) {
+        if !["type", "name", "value", "from", "to", "reverse", "after"].contains(&key) {
             return wrong(format!(
-                "`{key}` is no key of a rule: expected type, name, value, from, to or reverse"
+                "`{key}` is no key of a rule: expected type, name, value, from, to, reverse or after"
             ));
         }
         if values.insert(key, Value { line: number, text: value }).is_some() {
@@ -80,9 +80,18 @@ fn cidr(mut values: BTreeMap<&str, Value<'_>>) -> Result<Kind, Wrong> {
             return Err(Wrong { line: value.line, reason });
         }
     };
+    let after = values.remove("after").map(after).transpose()?;
     values.remove("name");
-    nothing_else(values, "cidr", "name, from, to and reverse")?;
-    Ok(Kind::Cidr { from, to, reverse })
+    nothing_else(values, "cidr", "name, from, to, reverse and after")?;
+    Ok(Kind::Cidr { from, to, reverse, after })
+}
+
+fn after(value: Value<'_>) -> Result<After, Wrong> {
+    let reason = format!(
+        "after={}: expected 0, a time such as 20ms or 5s, or a size such as 64KiB or 1MiB",
+        value.text
+    );
+    value.text.parse().map_err(|()| Wrong { line: value.line, reason })
 }
 
 fn label(mut values: BTreeMap<&str, Value<'_>>, kind: &str) -> Result<(String, String), Wrong> {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-use std::path::Path;
+use std::{path::Path, time::Duration};
 
 use super::{Kind::*, *};
 
@@ -62,6 +62,54 @@ fn ranges_of_one_family_hold_no_address_of_the_other() {
     check(&["type=cidr\nfrom=fd00::/8\nto=fd00::/8"], "fd00::1", "fd00::2", &[], true);
 }
 
+const MS: Duration = Duration::from_millis(1);
+
+/// When is the connection from 10.0.0.1 to 10.0.0.2 old enough?
+fn check_after(texts: &[&str], time: Option<Duration>, bytes: Option<u64>) {
+    let after = rules(texts).after("10.0.0.2".parse().unwrap(), "10.0.0.1".parse().unwrap());
+    assert_eq!(after, After { time, bytes }, "{texts:?}");
+}
+
+#[test]
+fn a_rule_says_when_a_connection_is_old_enough() {
+    check_after(&["type=cidr\nafter=0"], Some(Duration::ZERO), None);
+    check_after(&["type=cidr\nafter=20ms"], Some(20 * MS), None);
+    check_after(&["type=cidr\nafter='5s'"], Some(5000 * MS), None);
+    check_after(&["type=cidr\nafter=64KiB"], None, Some(65536));
+}
+
+#[test]
+fn of_the_rules_that_hold_a_connection_the_first_that_is_reached_counts() {
+    let slow = "type=cidr\nfrom=10.0.0.2/32\nafter=9s";
+    check_after(&[slow, "type=cidr\nafter=1s"], Some(1000 * MS), None);
+    check_after(&[slow, "type=cidr\nafter=1MiB"], Some(9000 * MS), Some(1 << 20));
+    check_after(&[slow, "type=cidr\nfrom=10.9.0.0/16\nafter=0"], Some(9000 * MS), None);
+}
+
+#[test]
+fn by_default_a_connection_is_old_enough_where_no_rule_says_when() {
+    let After { time, bytes } = After::DEFAULT;
+    check_after(&[], time, bytes);
+    check_after(&["type=cidr"], time, bytes);
+    check_after(&["type=podLabel\nname=a\nvalue=b"], time, bytes);
+    check_after(&["type=cidr\nfrom=10.9.0.0/16\nafter=0"], time, bytes);
+}
+
+#[test]
+fn before_the_least_of_all_rules_nobody_needs_to_look() {
+    let least = |texts: &[&str]| rules(texts).least_after();
+    assert_eq!(least(&["type=cidr\nafter=9s"]), After::DEFAULT);
+    let both = ["type=cidr\nafter=5ms", "type=cidr\nafter=1KiB"];
+    assert_eq!(least(&both), After { time: Some(5 * MS), bytes: Some(1024) });
+}
+
+#[test]
+fn time_or_bytes_suffice() {
+    let after = After { time: Some(20 * MS), bytes: Some(100) };
+    assert!(after.is_reached(20 * MS, 0) && after.is_reached(MS, 100) && !after.is_reached(19 * MS, 99));
+    assert!(!After { time: None, ..after }.is_reached(Duration::MAX, 99));
+}
+
 #[test]
 fn any_cidr_rule_suffices() {
     let two = &["type=cidr\nfrom=10.1.0.0/16", "type=cidr\nfrom=10.2.0.0/16"];
@@ -88,7 +136,7 @@ fn of_one_kind_any_label_suffices_and_both_kinds_must_be_met() {
 
 #[test]
 fn values_may_be_quoted() {
-    let expected = Cidr { from: Some("10.0.0.0/8".parse().unwrap()), to: None, reverse: false };
+    let expected = Cidr { from: Some("10.0.0.0/8".parse().unwrap()), to: None, reverse: false, after: None };
     for text in [
         "type=cidr\nfrom=10.0.0.0/8",
         "type=\"cidr\"\nfrom=\"10.0.0.0/8\"",
@@ -107,6 +155,10 @@ fn what_is_wrong_with_a_rule_is_named_with_its_line() {
     check_wrong("type=cidr\nvalue=app", 2, "does not belong to type=cidr");
     check_wrong("type=cidr\nfrmo=10.0.0.0/8", 2, "`frmo` is no key");
     check_wrong("type=cidr\ntype=cidr", 2, "given twice");
+    check_wrong("type=cidr\nafter=20", 2, "after=20: expected 0, a time such as 20ms");
+    check_wrong("type=cidr\nafter=64kb", 2, "or a size such as 64KiB");
+    check_wrong("type=cidr\nafter=-1ms", 2, "after=-1ms");
+    check_wrong("type=podLabel\nname=app\nvalue=x\nafter=0", 4, "`after` does not belong to type=podLabel");
     check_wrong("type=podLabel\nname=app", 0, "has no `value`");
     check_wrong("type=podLabel\nname=\nvalue=x", 2, "`name` is empty");
     check_wrong("hello", 1, "expected a line like key=value");

@@ -19,6 +19,10 @@ impl Ledger {
         self.flows.get(&tuple).is_some_and(|flow| flow.socket == socket)
     }
 
+    pub fn knows_of(&self, tuple: Tuple) -> bool {
+        self.flows.contains_key(&tuple)
+    }
+
     pub(super) fn learn(&mut self, learned: Learned) {
         let tuple = learned.tuple;
         if let Some(known) = self.flows.get_mut(&tuple) {

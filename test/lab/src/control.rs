@@ -53,7 +53,8 @@ impl Flow {
 /// `router status --json`.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Status {
-    pub mode: String,
+    /// Connections that are known.
+    pub flows: u64,
     pub swapped: u64,
     /// Since this router started.
     #[serde(default)]

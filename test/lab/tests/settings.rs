@@ -44,6 +44,13 @@ fn a_bad_rule_is_named_with_file_and_line() -> Result<()> {
 }
 
 #[test]
+fn a_wrong_age_of_a_rule_is_named_with_what_is_expected() -> Result<()> {
+    let rules =
+        |lab: &Lab| Ok(RouterOptions::with_rules(&lab.h1.write_rules("fast", "type=cidr\nafter=fast\n")?));
+    check("bad-after", rules, &["fast:2", "after=fast", "expected 0, a time such as 20ms"])
+}
+
+#[test]
 fn rules_that_do_not_exist_are_named() -> Result<()> {
     check("no-rules", |_| Ok(RouterOptions::with_rules("/does/not/exist".as_ref())), &["/does/not/exist"])
 }

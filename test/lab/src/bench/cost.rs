@@ -47,7 +47,7 @@ fn parts(setting: &Setting) -> Result<Vec<Part>> {
         }),
         iperf3::unmatched(&THROUGHPUT),
         Part::new("new connections", move |run| {
-            Ok(vec![NEW.of("nginx, wrk", rate::once(run, &root, rate::CLOSE)?.requests_per_s)])
+            Ok(vec![NEW.of("nginx, wrk", rate::once(run, &root, rate::Connections::New)?.requests_per_s)])
         }),
     ];
     Ok(parts.map(|part| part.by(WITH_AND_WITHOUT)).into())

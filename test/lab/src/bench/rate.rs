@@ -1,10 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Requests over HTTP: nginx and wrk.
 
-use std::path::PathBuf;
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context, Result, ensure};
-use lab::programs::{NGINX_PORT, directory, nginx};
+use lab::{
+    DEADLINE,
+    programs::{NGINX_PORT, directory, nginx},
+};
+use nix::sys::signal::Signal;
 
 use super::{ALL_PODS, Key, Part, Quantity, Run, Setting, figure::Target};
 
@@ -22,17 +29,22 @@ static NEW: Quantity =
 static KEPT: Quantity = Quantity::more("requests over kept connections", "1/s");
 static KEPT_P99: Quantity = Quantity::less("99th percentile, kept connections", "ms");
 
-pub const CLOSE: &str = "-H Connection:close";
+/// What nginx does with a connection after a request.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Connections {
+    New,
+    Kept,
+}
 
 fn parts(setting: &Setting) -> Result<Vec<Part>> {
     let root = root(setting)?;
     let again = root.clone();
     let new = Part::new("new connections", move |run| {
-        let Wrk { requests_per_s, .. } = once(run, &root, CLOSE)?;
+        let Wrk { requests_per_s, .. } = once(run, &root, Connections::New)?;
         Ok(vec![NEW.of("nginx, wrk", requests_per_s)])
     });
     let kept = Part::new("kept connections", move |run| {
-        let Wrk { requests_per_s, p99_ms } = once(run, &again, "")?;
+        let Wrk { requests_per_s, p99_ms } = once(run, &again, Connections::Kept)?;
         Ok(vec![KEPT.of("nginx, wrk", requests_per_s), KEPT_P99.of("nginx, wrk", p99_ms)])
     });
     Ok(vec![new, kept])
@@ -51,11 +63,31 @@ pub struct Wrk {
 }
 
 /// 32 connections at a time.
-pub fn once(run: &Run<'_>, root: &std::path::Path, arguments: &str) -> Result<Wrk> {
-    let _nginx = run.serve(&nginx(run.server, run.address, root, "")?, NGINX_PORT)?;
-    let (seconds, address) = (run.seconds, run.address);
-    let url = format!("http://{address}:{NGINX_PORT}/index.html");
-    parse(&run.client(&format!("wrk --latency -t 1 -c 32 -d {seconds} {arguments} {url}"))?)
+pub fn once(run: &Run<'_>, root: &Path, connections: Connections) -> Result<Wrk> {
+    let further = if connections == Connections::New { "; keepalive_timeout 0" } else { "" };
+    let server = run.serve(&nginx(run.server, run.address, root, further)?, NGINX_PORT)?;
+    let before = opened(run)?;
+    let url = format!("http://{}:{NGINX_PORT}/index.html", run.address);
+    let wrk = parse(&run.client(&format!("wrk --latency -t 1 -c 32 -d {} {url}", run.seconds))?)?;
+    let (opened, requests) = (opened(run)? - before, wrk.requests_per_s * f64::from(run.seconds));
+    let as_wanted = match connections {
+        Connections::New => opened > 0.9 * requests,
+        Connections::Kept => opened < 1000.0,
+    };
+    ensure!(as_wanted, "{opened} connections were made for {requests} requests");
+    // Killed, it would leave its workers behind, and them serving the next round.
+    server.signal(Signal::SIGTERM)?;
+    server.wait(DEADLINE)?.expect_success()?;
+    Ok(wrk)
+}
+
+/// Connections that were made so far in the client's network.
+fn opened(run: &Run<'_>) -> Result<f64> {
+    let counters = run.client.run(Command::new("cat").arg("/proc/net/snmp"))?;
+    let mut tcp = counters.lines().filter_map(|line| line.strip_prefix("Tcp: "));
+    let (names, values) = tcp.next().zip(tcp.next()).context("no TCP in /proc/net/snmp")?;
+    let mut both = names.split(' ').zip(values.split(' '));
+    Ok(both.find(|(name, _)| *name == "ActiveOpens").context("no ActiveOpens")?.1.parse()?)
 }
 
 fn parse(output: &str) -> Result<Wrk> {
