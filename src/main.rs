@@ -89,7 +89,7 @@ fn start<F: Future<Output = Result<()>>>(settings: Settings, what: impl FnOnce(S
     libbpf_rs::set_print(Some((libbpf_rs::PrintLevel::Debug, |_, text| log::debug!("{}", text.trim_end()))));
     heap::keep_small();
     raise_descriptor_limit().context("raising RLIMIT_NOFILE")?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(what(settings))
 }
 
