@@ -372,16 +372,18 @@ fn substitutions<'a>(
     facts: &[SocketFacts],
     carry: Vec<Vec<u8>>,
 ) -> Vec<Substitution<'a>> {
-    let ends =
+    let places =
         members.iter().flat_map(|member| member.prepared.ends.iter().zip(&member.new).zip(&member.options));
-    let substitution = |((((end, new), options), facts), carry): (
-        (((&'a PreparedEnd, &'a OwnedFd), &'a Options), &SocketFacts),
-        Vec<u8>,
-    )| {
-        let (old, new, holders) = (end.old.as_fd(), new.as_fd(), &end.holders);
-        Substitution { old, new, facts: facts.clone(), holders, options, carry }
-    };
-    ends.zip(facts).zip(carry).map(substitution).collect()
+    let pairs = places.zip(facts.iter().zip(carry));
+    let substitutions = pairs.map(|(((end, new), options), (facts, carry))| Substitution {
+        old: end.old.as_fd(),
+        new: new.as_fd(),
+        facts: facts.clone(),
+        holders: &end.holders,
+        options,
+        carry,
+    });
+    substitutions.collect()
 }
 
 /// What is known of a transaction when it is over.
@@ -429,7 +431,7 @@ impl<'a> Running<'a> {
         mover.members.iter().flat_map(|member| &member.prepared.ends)
     }
 
-    fn new(&self) -> impl Iterator<Item = &'a OwnedFd> + use<'a> {
+    fn new_sockets(&self) -> impl Iterator<Item = &'a OwnedFd> + use<'a> {
         let mover = self.mover;
         mover.members.iter().flat_map(|member| &member.new)
     }
@@ -629,8 +631,8 @@ impl<'a> Running<'a> {
     }
 
     fn install(&mut self) -> Result<(), Refusal> {
-        let new_has_ended = self.new().any(|new| self.has_ended(new));
-        let new: Vec<BorrowedFd<'_>> = self.new().map(OwnedFd::as_fd).collect();
+        let new_has_ended = self.new_sockets().any(|new| self.has_ended(new));
+        let new: Vec<BorrowedFd<'_>> = self.new_sockets().map(OwnedFd::as_fd).collect();
         let (Some(frozen), Some(armed)) = (&mut self.frozen, self.armed.take()) else {
             return Err(Refusal::HolderVanished);
         };

@@ -75,7 +75,7 @@ struct Connection {
 
 enum Stage {
     Asked,
-    Prepared(Prepared),
+    Prepared(Box<Prepared>),
     Waiting(Box<Waiter>),
     /// In the transaction of this batch.
     Moving {
@@ -238,7 +238,7 @@ impl Session {
         let event = match result {
             Ok((holder, prepared)) => match locked(&self.book).connections.get_mut(&conn) {
                 Some(connection) if connection.cancelled.is_none() => {
-                    connection.stage = Stage::Prepared(prepared);
+                    connection.stage = Stage::Prepared(Box::new(prepared));
                     Event::Prepared { conn, holder }
                 }
                 // Cancelled in the meantime: whoever asks again hears of it, too.
@@ -276,7 +276,7 @@ impl Session {
             }
         };
         let tgids = tgids_of(&prepared.ends);
-        let member = match Member::new(prepared, fds, matches!(job, Job::Remote(..))) {
+        let member = match Member::new(*prepared, fds, matches!(job, Job::Remote(..))) {
             Ok(member) => member,
             Err(reason) => {
                 drop(book);
