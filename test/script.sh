@@ -10,7 +10,7 @@ test/script.sh test KEY             compare overlay, router and host network
 test/script.sh test all             all keys, and a page with all figures: test/results/report.html
 test/script.sh deploy_and_run KEY   run the programs of KEY over the overlay, without the router
 test/script.sh log KEY              show what the programs printed in the last run
-    KEY: iperf3 latency rate memcached redis postgres mpilat mpibw mpiall scale cost (test/BENCHMARKS.md)
+    KEY: iperf3 latency rate memcached redis postgres mpilat mpibw mpiall pause scale cost (test/BENCHMARKS.md)
 test/script.sh torture [--minutes N] [--seed S]
                                        move many connections while everything is killed, restarted and changed
 test/script.sh lab up|down             raise a lab to play in, with routers, and end it

@@ -49,8 +49,16 @@ pub const REDIS_PORT: u16 = 6379;
 /// redis, which keeps nothing on disk.
 pub fn redis(address: IpAddr) -> String {
     format!(
-        "redis-server --port {REDIS_PORT} --bind {address} --protected-mode no --save \"\" --maxclients 10000"
+        "redis-server --port {REDIS_PORT} --bind {address} --protected-mode no --save \"\" --maxclients 20000"
     )
+}
+
+/// Clients that redis has, without the one that asks.
+pub fn redis_clients(place: &Place, address: IpAddr) -> Result<usize> {
+    let said = place.run(&mut command(&format!("redis-cli -h {address} info clients")))?;
+    let count = said.lines().find_map(|line| line.strip_prefix("connected_clients:"));
+    let count: usize = count.with_context(|| format!("redis said {said}"))?.trim().parse()?;
+    Ok(count - 1)
 }
 
 pub const MEMCACHED_PORT: u16 = 11211;

@@ -1,10 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //! redis and redis-benchmark, 50 connections.
 
-use anyhow::{Context, Result};
-use lab::programs::{REDIS_PORT, redis};
+use std::time::Duration;
 
-use super::{ALL_PODS, Key, Part, Quantity, Setting};
+use anyhow::{Context, Result};
+use lab::{
+    DEADLINE,
+    programs::{REDIS_PORT, command, redis, redis_clients},
+    wait_for,
+};
+
+use super::{ALL_PODS, Figure, Key, Part, Quantity, Run, Setting, Way, figure::Target};
 
 pub static KEY: Key = Key {
     name: "redis",
@@ -17,6 +23,9 @@ pub static KEY: Key = Key {
 
 static SINGLE: Quantity = Quantity::more("requests, one at a time", "1/s");
 static SINGLE_P99: Quantity = Quantity::less("99th percentile, one at a time", "ms");
+static BUSY_P99: Quantity =
+    Quantity::less("99th percentile of 50 clients while 500 other connections of theirs are swapped", "ms")
+        .target(Target::OfOverlay(1.5));
 static PIPELINED: Quantity = Quantity::more("requests, pipelined by 16", "1/s");
 
 /// redis-benchmark is told how many requests to make, not how long: about as many as a small machine answers in a second.
@@ -41,7 +50,36 @@ fn parts(_: &Setting) -> Result<Vec<Part>> {
         let lines = parse(&run.client(&words)?)?;
         Ok(lines.into_iter().map(|(test, requests_per_s, _)| PIPELINED.of(test, requests_per_s)).collect())
     });
-    Ok(vec![single, pipelined])
+    let others = Part::new("while others are swapped", while_others_are_swapped)
+        .by(&[Way::Overlay, Way::Router])
+        .with_own_routers();
+    Ok(vec![single, pipelined, others])
+}
+
+/// Connections that say nothing, and are there before the routers.
+const OTHERS: usize = 500;
+/// The routers start when the busy clients have been at it for so long.
+const BEFORE: Duration = Duration::from_secs(1);
+
+fn while_others_are_swapped(run: &Run<'_>) -> Result<Vec<Figure>> {
+    let _redis = run.serve(&redis(run.address), REDIS_PORT)?;
+    let others = format!("redis-benchmark -h {} -I -c {OTHERS}", run.address);
+    let _others = run.client.spawn("others", &mut command(&others))?;
+    wait_for("the other connections", DEADLINE, || {
+        Ok((redis_clients(run.client, run.address)? >= OTHERS).then_some(()))
+    })?;
+    let requests = 2 * run.seconds * SINGLE_PER_S;
+    let words = format!("redis-benchmark -h {} -t get -c 50 -n {requests} --csv", run.address);
+    let busy = run.client.spawn("busy", &mut command(&words))?;
+    if run.way == Way::Router {
+        std::thread::sleep(BEFORE);
+        run.setting.start_routers()?;
+    }
+    let lines = parse(&run.finish(busy)?)?;
+    if run.way == Way::Router {
+        run.setting.stop_routers()?;
+    }
+    Ok(lines.into_iter().map(|(test, _, p99_ms)| BUSY_P99.of(test, p99_ms)).collect())
 }
 
 /// Of each test: its name, requests per second, and the 99th percentile in ms.

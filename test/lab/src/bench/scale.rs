@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use lab::{
     DEADLINE, Host,
-    programs::{REDIS_PORT, command, redis},
+    programs::{REDIS_PORT, command, redis, redis_clients},
     wait_for,
 };
 
@@ -30,14 +30,16 @@ static MEMORY: Quantity =
 static ROUTER_MEMORY: Quantity = Quantity::less("of that the router", "KiB");
 static FORWARDER_MEMORY: Quantity = Quantity::less("of that the forwarder", "KiB");
 static IDLE: Quantity = Quantity::less("CPU of router and forwarder while nothing happens", "%");
-static BACK: Quantity = Quantity::less("all back on the overlay when the router is stopped", "s");
+static BACK: Quantity =
+    Quantity::less("all back on the overlay when the router is stopped", "s").target(Target::Value(10.0));
 
-const SIZES: [(&str, usize); 5] = [
+const SIZES: [(&str, usize); 6] = [
     ("100 connections", 100),
     ("500 connections", 500),
     ("1,000 connections", 1000),
     ("2,000 connections", 2000),
     ("4,000 connections", 4000),
+    ("10,000 connections", 10_000),
 ];
 
 /// What is not swapped by then does not count.
@@ -62,7 +64,7 @@ fn measure(run: &Run<'_>, case: &str, connections: usize) -> Result<Vec<Figure>>
     let words = format!("redis-benchmark -h {} -I -c {connections}", run.address);
     let _clients = run.client.spawn("clients", &mut command(&words))?;
     wait_for("redis-benchmark's connections", DEADLINE, || {
-        Ok((connected(run)? >= connections).then_some(()))
+        Ok((redis_clients(run.client, run.address)? >= connections).then_some(()))
     })?;
 
     let (moved, took) = std::thread::scope(|scope| -> Result<(usize, Duration)> {
@@ -76,7 +78,7 @@ fn measure(run: &Run<'_>, case: &str, connections: usize) -> Result<Vec<Figure>>
     let stopping = Instant::now();
     setting.stop_routers()?;
     let back = stopping.elapsed();
-    let left = connected(run)?;
+    let left = redis_clients(run.client, run.address)?;
     ensure!(left >= connections, "{left} of {connections} connections are left");
 
     let kib_each = |kib: u64, before: u64| kib.saturating_sub(before) as f64 / moved as f64;
@@ -91,14 +93,6 @@ fn measure(run: &Run<'_>, case: &str, connections: usize) -> Result<Vec<Figure>>
         IDLE.of(case, idle_percent),
         BACK.of(case, back.as_secs_f64()),
     ])
-}
-
-/// Clients of redis, without the one that asks.
-fn connected(run: &Run<'_>) -> Result<usize> {
-    let said = run.client.run(&mut command(&format!("redis-cli -h {} info clients", run.address)))?;
-    let count = said.lines().find_map(|line| line.strip_prefix("connected_clients:"));
-    let count: usize = count.with_context(|| format!("redis said {said}"))?.trim().parse()?;
-    Ok(count - 1)
 }
 
 /// How many are swapped, and the time from the last look at which none was to the first at which all are.
