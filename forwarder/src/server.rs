@@ -24,6 +24,7 @@ use nix::sys::socket::{UnixCredentials, getsockopt, sockopt::PeerCredentials};
 use serde::de::DeserializeOwned;
 
 use crate::{
+    heap,
     receive::receive,
     session::Session,
     site::{Site, locked},
@@ -129,6 +130,9 @@ fn watch_parked(site: &Arc<Site>, current: &Arc<Mutex<Option<Arc<Session>>>>) ->
                     let session = locked(&current).clone().filter(|session| session.is_open());
                     if session.is_none() && ended.is_empty() {
                         site.release_forsaken();
+                    }
+                    if site.is_idle() {
+                        heap::trim();
                     }
                     for conn in ended {
                         log::debug!("{conn}: its overlay connection has ended");

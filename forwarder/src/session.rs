@@ -197,7 +197,6 @@ impl Session {
 
     /// One listing for all that are asked about meanwhile: on a host with many descriptors it takes milliseconds.
     fn prepare_all(&self) {
-        process::stand_back();
         let mut took = Duration::ZERO;
         loop {
             // Not more than a third of the time.

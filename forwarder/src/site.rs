@@ -234,6 +234,11 @@ impl Site {
         Ok(PreparedEnd { old, holders, v6: facts.v6 })
     }
 
+    /// Nobody takes part in a transaction.
+    pub fn is_idle(&self) -> bool {
+        locked(&self.reserved).is_empty()
+    }
+
     /// None: one of them takes part in something else.
     pub fn reserve(self: &Arc<Self>, tgids: Vec<Tgid>) -> Option<Reserved> {
         let mut reserved = locked(&self.reserved);

@@ -330,13 +330,18 @@ impl Ledger {
         {
             self.clear_alarm(tuple);
             let Some(flow) = self.flows.get(&tuple) else { continue };
-            if flow.attempt.is_some() {
+            let is_moving = flow.attempt.as_ref().is_some_and(|attempt| attempt.negotiation.is_moving());
+            if flow.attempt.is_some() && !is_moving {
                 self.step(tuple, Input::Overdue);
                 continue;
             }
             if flow.order.is_some_and(|order| order.until <= self.now) {
-                let reason = flow.reason.unwrap_or(Refusal::PeerUnknown);
+                let otherwise = if is_moving { Refusal::HolderBusy } else { Refusal::PeerUnknown };
+                let reason = flow.reason.unwrap_or(otherwise);
                 self.order_failed(tuple, reason);
+                continue;
+            }
+            if is_moving {
                 continue;
             }
             let unknown = match (flow.home, flow.peer_says) {

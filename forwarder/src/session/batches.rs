@@ -18,9 +18,9 @@ use crate::{
     turns::{MAX_BATCH, Waiting, next_batch},
 };
 
-/// How long a connection waits for its turn, and how long the decider of a batch, whose own processes are reserved by
-/// then, for that of the follower.
-const TURN: Duration = Duration::from_secs(10);
+/// How long a connection waits for its turn, smaller batches included, and how long the decider of a batch, whose own
+/// processes are reserved by then, for that of the follower.
+const TURN: Duration = Duration::from_secs(5);
 const JOINING: Duration = Duration::from_secs(1);
 /// Between two looks at who has waited for too long.
 const LOOK: Duration = Duration::from_millis(500);
@@ -49,6 +49,7 @@ struct Moving {
     number: u64,
     job: Job,
     tgids: Vec<Vec<Tgid>>,
+    since: Instant,
     conns: Vec<ConnId>,
 }
 
@@ -126,6 +127,7 @@ impl Session {
     fn start_moving(self: &Arc<Self>, batch: Batch) {
         let Batch { number, conns, waiters, reserved, mailbox } = batch;
         let Some(job) = waiters.first().map(|waiter| waiter.job) else { return };
+        let since = waiters.iter().map(|waiter| waiter.since).min().unwrap_or_else(Instant::now);
         let (tgids, members): (Vec<_>, Vec<_>) =
             waiters.into_iter().map(|waiter| (waiter.tgids, waiter.member)).unzip();
         let lead = conns[0];
@@ -134,7 +136,7 @@ impl Session {
         {
             self.write(lead, &Letter { batch: number, word: Word::Join(conns.clone()) });
         }
-        let moving = Moving { number, job, tgids, conns: conns.clone() };
+        let moving = Moving { number, job, tgids, since, conns: conns.clone() };
         let (session, site) = (Arc::clone(self), Arc::clone(&self.site));
         let run = move || {
             let finished = match job {
@@ -162,7 +164,8 @@ impl Session {
                 all.into_iter().for_each(|over| self.moved(over));
             }
             Finished::Aborted { members, reason, pause_us, afresh } => {
-                let again = afresh && members.len() > 1;
+                // A peer that has fallen silent says nothing in smaller ones, either.
+                let again = afresh && members.len() > 1 && reason != Refusal::PeerGone;
                 self.learn_pace(members.len(), pause_us);
                 for (member, tgids) in members.into_iter().zip(&moving.tgids) {
                     if again {
@@ -210,7 +213,7 @@ impl Session {
         }
         // Those with which nothing is the matter are soon by themselves.
         let (most, tgids) = ((moving.conns.len() / 4).max(1), tgids.to_vec());
-        let waiter = Waiter { member, tgids, job: moving.job, most, since: Instant::now() };
+        let waiter = Waiter { member, tgids, job: moving.job, most, since: moving.since };
         book.wait(conn, waiter);
     }
 

@@ -51,7 +51,11 @@ impl Ledger {
             let progress = attempt.negotiation != *negotiation;
             attempt.negotiation = *negotiation;
             if negotiation.is_moving() {
+                // The forwarder ends it; but whoever has ordered something does not wait for longer than it was to take.
                 self.clear_alarm(tuple);
+                if let Some(order) = self.flows.get(&tuple).and_then(|flow| flow.order) {
+                    self.set_alarm(tuple, order.until);
+                }
             } else if progress {
                 self.set_alarm(tuple, self.now + STEP);
             }
