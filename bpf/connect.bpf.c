@@ -7,12 +7,14 @@
  * While there are births user space looks every few milliseconds: who has died is forgotten, who has shown that it
  * lives or carries data is told. With no births left it sleeps, and the next birth wakes it.
  *
- *   -> ESTABLISHED   in softirq or in any task       note the birth; wake user space if it sleeps
+ *   established      in softirq or in any task       note the birth; wake user space if it sleeps
  *   look_at_births   in user space's own thread      tell who is old enough, forget who is over
  *   look_at_one      likewise                        tell how a connection is that was too young before
  *
- * No system call is traced, which would put every system call of the host on the slow path: whose connection it is
- * tell the socket's cgroup and network namespace, for which process.bpf.c finds a process.
+ * No system call is traced, which would put every system call of the host on the slow path, nor any change of a
+ * socket's state, of which a connection has ten: the program is attached to the cgroup of this host's containers, whose
+ * sockets call it when they are established. Whose connection it is tell the socket's cgroup and network namespace, for
+ * which process.bpf.c finds a process.
  */
 #include "vmlinux.h"
 #include <bpf/bpf_helpers.h>
@@ -21,11 +23,12 @@
 #include <bpf/bpf_endian.h>
 #include "event.h"
 #include "identity.h"
-#include "scope.h"
 #include "socket.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
+/* Inode number of the router's network namespace, the host's: connections in it are never told. */
+const volatile __u32 own_netns = 0;
 /* Tell of each connection when it is established, and note nothing. */
 const volatile __u32 tell_at_once = 0;
 
@@ -46,17 +49,22 @@ struct {
 	__type(value, __u64);
 } counters SEC(".maps");
 
+/* A birth that need not be looked at again has no cookie. */
+struct place {
+	struct birth birth;
+	__u64 number; /* of the birth, from 1 */
+};
+
 /*
- * Births to be looked at, in a ring; a cookie of 0 is an empty place. 8,192 are 80,000 connections a second where they
- * are told after 100 ms, in 256 KiB. When full: the oldest is left to the router's scans, counted unless a look has
- * found it dead.
+ * Births to be looked at, in a ring. 8,192 are 80,000 connections a second where they are told after 100 ms, in 320 KiB.
+ * When full: the oldest is left to the router's scans, counted unless a look has found it dead.
  */
 #define BIRTHS 8192
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, BIRTHS);
 	__type(key, __u32);
-	__type(value, struct birth);
+	__type(value, struct place);
 } births SEC(".maps");
 
 /* How many births there were. */
@@ -131,44 +139,40 @@ static __always_inline void tell(const struct birth *birth, __u64 age_ns, __u64 
 static __always_inline void note(const struct birth *birth)
 {
 	struct birth_event event = { .kind = EVENT_BIRTH };
-	__u32 place = __sync_fetch_and_add(&born, 1) % BIRTHS, zero = 0;
-	struct birth *to = bpf_map_lookup_elem(&births, &place);
+	__u64 before = __sync_fetch_and_add(&born, 1);
+	__u32 key = before % BIRTHS, zero = 0;
+	struct place *place = bpf_map_lookup_elem(&births, &key);
 	__u64 *sleeps = bpf_map_lookup_elem(&asleep, &zero);
 
-	if (!to || !sleeps) /* never: for the verifier */
+	if (!place || !sleeps) /* never: for the verifier */
 		return;
-	if (to->cookie)
+	if (place->birth.cookie)
 		count(COUNTER_BIRTHS_FULL);
-	to->sock = birth->sock;
-	to->born_ns = birth->born_ns;
-	to->side = birth->side;
-	/* Last: a look finds all of a birth, or a cookie that is not its socket's. */
-	__sync_lock_test_and_set(&to->cookie, birth->cookie);
+	place->birth = *birth;
+	/* A full barrier: whoever sees the number sees the birth, and we see whether the reader sleeps. */
+	__sync_lock_test_and_set(&place->number, before + 1);
 	if (*sleeps && __sync_lock_test_and_set(sleeps, 0) && bpf_ringbuf_output(&events, &event, sizeof(event), 0))
 		count(COUNTER_RING_FULL);
 }
 
-static __always_inline void established(const struct sock *sk, int from)
+static __always_inline void established(struct bpf_sock_ops *ctx, const struct tcp_sock *tp, __u64 side)
 {
 	struct birth birth = {
-		.sock = (__u64)sk,
-		.side = from == TCP_SYN_SENT ? SIDE_CLIENT : SIDE_SERVER,
+		.cookie = bpf_get_socket_cookie(ctx),
+		.sock = (__u64)tp,
+		.born_ns = bpf_ktime_get_ns(),
+		.side = side,
 	};
 
-	if (sk->sk_protocol != IPPROTO_TCP || sk->__sk_common.skc_net.net->ns.inum == own_netns ||
-	    !in_scope(sk->sk_cgrp_data.cgroup))
-		return;
-	birth.cookie = bpf_get_socket_cookie((void *)sk);
-	birth.born_ns = bpf_ktime_get_ns();
 	if (tell_at_once)
 		tell(&birth, 0, 0);
 	else
 		note(&birth);
 }
 
-static __always_inline void host_socket_closed(const struct sock *sk)
+static __always_inline void host_socket_closed(struct bpf_sock *sk)
 {
-	struct identity *identity = bpf_sk_storage_get(&identities, (void *)sk, 0, 0);
+	struct identity *identity = bpf_sk_storage_get(&identities, sk, 0, 0);
 	struct closed_event event = { .kind = EVENT_HOST_SOCKET_CLOSED };
 
 	if (!identity)
@@ -178,15 +182,36 @@ static __always_inline void host_socket_closed(const struct sock *sk)
 		count(COUNTER_RING_FULL);
 }
 
-/* Runs with the socket locked, in softirq as well as in tasks. A socket leaves ESTABLISHED once: its end is told once. */
-SEC("tp_btf/inet_sock_set_state")
-int BPF_PROG(state_changes, const struct sock *sk, const int from, const int to)
+/*
+ * Runs with the socket locked, in softirq as well as in tasks. Only sockets of the host's own network are asked to tell
+ * of their later states. A socket leaves ESTABLISHED once, so its end is told once.
+ */
+SEC("sockops")
+int socket_events(struct bpf_sock_ops *ctx)
 {
-	if (to == TCP_ESTABLISHED)
-		established(sk, from);
-	else if (from == TCP_ESTABLISHED && sk->sk_bpf_storage)
-		host_socket_closed(sk);
-	return 0;
+	__u32 op = ctx->op;
+	struct bpf_sock *sk;
+	struct tcp_sock *tp;
+
+	if (op != BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB && op != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB &&
+	    op != BPF_SOCK_OPS_STATE_CB)
+		return 1;
+	sk = ctx->sk;
+	if (!sk)
+		return 1;
+	if (op == BPF_SOCK_OPS_STATE_CB) {
+		if (ctx->args[0] == BPF_TCP_ESTABLISHED)
+			host_socket_closed(sk);
+		return 1;
+	}
+	tp = bpf_skc_to_tcp_sock(sk);
+	if (!tp)
+		return 1;
+	if (tp->inet_conn.icsk_inet.sk.__sk_common.skc_net.net->ns.inum == own_netns)
+		bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+	else
+		established(ctx, tp, op == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB ? SIDE_CLIENT : SIDE_SERVER);
+	return 1;
 }
 
 /* Is this birth to be looked at again? Not who is dead, and not who is told now. */
@@ -195,37 +220,45 @@ static __always_inline int is_left(const struct birth *birth, __u64 after_ns, __
 	const struct tcp_sock *tp = (const void *)birth->sock;
 	const struct sock *sk = (const void *)birth->sock;
 	__u64 now_ns = bpf_ktime_get_ns(), age_ns, bytes;
+	__u8 state;
 
+	state = BPF_CORE_READ(sk, __sk_common.skc_state);
 	if (BPF_CORE_READ(sk, __sk_common.skc_cookie.counter) != birth->cookie ||
-	    BPF_CORE_READ(sk, __sk_common.skc_state) != TCP_ESTABLISHED)
+	    (state != TCP_ESTABLISHED && state != TCP_SYN_RECV))
 		return 0;
 	age_ns = now_ns > birth->born_ns ? now_ns - birth->born_ns : 0;
 	bytes = BPF_CORE_READ(tp, bytes_acked) + BPF_CORE_READ(tp, bytes_received);
-	if (age_ns < after_ns && bytes < after_bytes)
+	/* A server's gets ESTABLISHED a moment after its birth. */
+	if (state == TCP_SYN_RECV || (age_ns < after_ns && bytes < after_bytes))
 		return 1;
 	tell(birth, age_ns, bytes);
 	return 0;
 }
 
 /* A function of its own, and not inlined, so that the verifier looks at it once. */
-__noinline int look_at_place(__u32 place, __u64 after_ns, __u64 after_bytes)
+__noinline int look_at_birth(__u64 number, __u64 after_ns, __u64 after_bytes)
 {
-	struct birth *there, birth;
+	__u32 key = (number - 1) % BIRTHS;
+	struct place *place = bpf_map_lookup_elem(&births, &key);
+	struct birth birth;
 
-	place %= BIRTHS;
-	there = bpf_map_lookup_elem(&births, &place);
-	if (!there || !there->cookie)
+	if (!place)
 		return 0;
-	birth = *there;
+	/* Counted, and about to be noted. */
+	if (place->number < number)
+		return 1;
+	birth = place->birth;
+	if (!birth.cookie)
+		return 0;
 	if (is_left(&birth, after_ns, after_bytes))
 		return 1;
-	/* Unless it is another's already. */
-	__sync_val_compare_and_swap(&there->cookie, birth.cookie, 0);
+	/* Unless the place is another's already. */
+	__sync_val_compare_and_swap(&place->birth.cookie, birth.cookie, 0);
 	return 0;
 }
 
 /*
- * Run by BPF_PROG_TEST_RUN only: looks at up to LOOK births from number args[0] on, and tells of those that are as old
+ * Run by BPF_PROG_TEST_RUN only: looks at up to LOOK births after the first args[0], and tells of those that are as old
  * as args[1] (ns) or have carried args[2] bytes. Returns how many it has looked at; in the upper half, how many of
  * them, from the first on, need not be looked at again.
  */
@@ -238,7 +271,7 @@ int look_at_births(struct bpf_raw_tracepoint_args *ctx)
 
 	for (int i = 0; i < LOOK && from + i < born; i++) {
 		/* No branch: for the verifier. */
-		left |= look_at_place(from + i, after_ns, after_bytes) & 1;
+		left |= look_at_birth(from + i + 1, after_ns, after_bytes) & 1;
 		over += left ^ 1;
 		looked++;
 	}

@@ -95,7 +95,7 @@ pub enum TraceError {
     #[error("the tracing programs cannot be loaded: {0}")]
     Load(libbpf_rs::Error),
     #[error(
-        "the tracing program cannot be attached to the tracepoint inet_sock_set_state: {0}; the kernel needs tracepoints (CONFIG_TRACEPOINTS=y)"
+        "the tracing program (sockops) cannot be attached to the cgroup: {0}; a program there without BPF_F_ALLOW_MULTI keeps others out"
     )]
     Attach(libbpf_rs::Error),
     #[error("the maps of the tracing programs cannot be read: {0}")]
@@ -111,8 +111,9 @@ pub enum TraceError {
 }
 
 /// A cgroup subtree, as BPF compares it, without what lives in the host's own network.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Scope {
+    pub path: PathBuf,
     /// The inode number of its directory.
     pub cgroup_id: u64,
     /// Its depth below the root of the v2 hierarchy.
@@ -138,7 +139,7 @@ impl Scope {
             above = directory.parent();
         }
         let own_netns = std::fs::metadata("/proc/self/ns/net").map_err(TraceError::OwnNetns)?.ino() as u32;
-        Ok(Scope { cgroup_id: top.ino(), level, own_netns })
+        Ok(Scope { path: path.clone(), cgroup_id: top.ino(), level, own_netns })
     }
 }
 
@@ -162,7 +163,7 @@ impl Tracer {
         let identities = identity.map().try_clone_to_owned().map_err(TraceError::Thread)?;
         let (ready, is_ready) = std::sync::mpsc::sync_channel(1);
         let task = reader::Task {
-            scope: *scope,
+            scope: scope.clone(),
             identities,
             telling,
             events,

@@ -3,9 +3,10 @@
 
 use std::{
     cell::RefCell,
+    fs::File,
     mem::MaybeUninit,
     net::SocketAddr,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -83,7 +84,10 @@ impl Task {
     pub fn run(self, ready: &SyncSender<Result<MapHandle, TraceError>>) {
         let mut object = MaybeUninit::uninit();
         let loaded = self.load(&mut object).and_then(|skel| {
-            let link = skel.progs.state_changes.attach().map_err(TraceError::Attach)?;
+            let cgroup = File::open(&self.scope.path)
+                .map_err(|source| TraceError::Scope { path: self.scope.path.clone(), source })?;
+            let events = &skel.progs.socket_events;
+            let link = events.attach_cgroup(cgroup.as_raw_fd()).map_err(TraceError::Attach)?;
             let counters = MapHandle::try_from(&skel.maps.counters).map_err(TraceError::Map)?;
             Ok((skel, link, counters))
         });
@@ -104,8 +108,6 @@ impl Task {
     ) -> Result<ConnectSkel<'obj>, TraceError> {
         let mut open = ConnectSkelBuilder::default().open(object).map_err(TraceError::Load)?;
         if let Some(rodata) = open.maps.rodata_data.as_deref_mut() {
-            rodata.scope_cgroup_id = self.scope.cgroup_id;
-            rodata.scope_level = self.scope.level;
             rodata.own_netns = self.scope.own_netns;
             rodata.tell_at_once = u32::from(matches!(self.telling, Telling::AtOnce));
         }
@@ -134,7 +136,7 @@ impl Task {
             events: self.events,
             lost: self.lost,
             looked: Instant::now(),
-            oldest: 0,
+            over: 0,
             births_due: Some(Instant::now()),
             young: Young::new(),
         };
@@ -157,8 +159,8 @@ struct Reader<'a, 'obj> {
     lost: Arc<AtomicU64>,
     /// When the last look began.
     looked: Instant,
-    /// The number of the first birth that is to be looked at again.
-    oldest: u64,
+    /// Births before those that are to be looked at again.
+    over: u64,
     /// When to do so. None: the next one wakes us.
     births_due: Option<Instant>,
     young: Young<types::birth>,
@@ -212,14 +214,14 @@ impl Reader<'_, '_> {
     fn look_at_births(&mut self) -> Result<bool, libbpf_rs::Error> {
         let After { time, bytes } = self.least_after();
         let after_ns = time.map_or(u64::MAX, |time| time.as_nanos() as u64);
-        let (mut from, mut left) = (self.oldest, false);
+        let (mut from, mut left) = (self.over, false);
         loop {
             self.looked = Instant::now();
             let counts = run(self.look_at_births, &[from, after_ns, bytes.unwrap_or(u64::MAX)])?;
             let (over, looked) = (counts >> 16, counts & 0xffff);
             self.take_in_told()?;
             if !left {
-                self.oldest += u64::from(over);
+                self.over += u64::from(over);
             }
             left |= over < looked;
             from += u64::from(looked);

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -133,7 +133,8 @@ impl Host {
         let mut last = None;
         wait_for(&format!("port {port} on {} to move to {path}", self.name), DEADLINE, || {
             let Some(flow) = self.flows()?.into_iter().find(|flow| flow.has_port(port)) else {
-                bail!("no connection of port {port} on {}", self.name);
+                // Too young to be known.
+                return Ok(None);
             };
             if flow.path == path {
                 return Ok(Some(flow));

@@ -19,7 +19,7 @@ pub static KEY: Key = Key {
     name: "rate",
     title: "requests per second, over new and over kept connections",
     rules: ALL_PODS,
-    rounds: 3,
+    rounds: 7,
     parts,
     live: None,
 };

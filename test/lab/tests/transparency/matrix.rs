@@ -14,7 +14,8 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use lab::{
-    DEADLINE, Family, Flow, Place, Pod, Process, RouterOptions, Scene, program, transparency, wait_for,
+    DEADLINE, Family, Flow, Place, Pod, Process, RULE_FOR_ALL_PODS, RULE_FOR_ALL_PODS_V6, RouterOptions,
+    Scene, program, transparency, wait_for,
 };
 
 /// Moves there and back again while a connection is in its state.
@@ -31,7 +32,10 @@ pub fn scene() -> Result<&'static Scene> {
     static SCENE: OnceLock<Result<Scene>> = OnceLock::new();
     let scene = SCENE.get_or_init(|| {
         let scene = Scene::without_routers("transparency")?;
-        scene.lab.start_everything(&RouterOptions::default().with("FREEZE_BUDGET_MS", "500"))?;
+        // However young: some connections here live for milliseconds.
+        let rules = scene.lab.h1.write_rules("v4", &format!("{RULE_FOR_ALL_PODS}after=0\n"))?;
+        std::fs::write(rules.join("v6"), format!("{RULE_FOR_ALL_PODS_V6}after=0\n"))?;
+        scene.lab.start_everything(&RouterOptions::with_rules(&rules).with("FREEZE_BUDGET_MS", "500"))?;
         Ok(scene)
     });
     scene.as_ref().map_err(|error| anyhow::anyhow!("{error:#}"))
@@ -262,8 +266,7 @@ impl Connection {
     }
 
     pub fn flow(&self) -> Result<Flow> {
-        let flows = self.scene.lab.h1.flows()?;
-        flows.into_iter().find(|flow| flow.has_port(self.port)).context("the router does not know it")
+        self.scene.lab.h1.wait_for_flow(self.port, "known", |_| true)
     }
 
     /// What the programs say weighs more than what happened to their connection: it may be the cause.
