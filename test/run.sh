@@ -1,17 +1,17 @@
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
-# All tests. `test/run.sh swap` runs only the test files of these names; `--no-kernel` leaves the second kernel out;
-# `--programs` adds those with redis, PostgreSQL and others, which take long and install servers.
+# All tests. `test/run.sh swap` runs only the test files of these names. `--kernel` adds a part of them under a second
+# kernel, emulated; `--programs` adds those with redis, PostgreSQL and others, which take long and install servers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ((EUID == 0)) || { echo "error: namespaces, BPF and ptrace need root: run $0 as root" >&2; exit 1; }
 
-kernel=yes programs=no words=() failed=()
+kernel=no programs=no words=() failed=()
 for argument in "$@"; do
     case $argument in
-        --no-kernel) kernel=no ;;
+        --kernel) kernel=yes ;;
         --programs) programs=yes ;;
-        -*) echo "error: $argument: expected --no-kernel, --programs, or names of test files" >&2 && exit 1 ;;
+        -*) echo "error: $argument: expected --kernel, --programs, or names of test files" >&2 && exit 1 ;;
         *) words+=("$argument") ;;
     esac
 done
