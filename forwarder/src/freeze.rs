@@ -30,11 +30,11 @@ use crate::{
     rseq,
 };
 
-/// How long to sleep between two looks at threads that do not stand still yet.
-const POLL: Duration = Duration::from_micros(20);
-/// One thread is looked at without a pause for so long, and then with pauses of so much.
+/// One thread is looked at without a pause for so long.
 const SPIN: Duration = Duration::from_micros(5);
-const NAP: Duration = Duration::from_micros(5);
+/// Between two looks at what does not stand still yet: from the first to the last.
+const FIRST_NAP: Duration = Duration::from_micros(5);
+const LAST_NAP: Duration = Duration::from_millis(1);
 /// How long a thread that did not stop in time is waited for, to be put right.
 const LATE: Duration = Duration::from_secs(1);
 
@@ -165,6 +165,7 @@ impl Frozen {
         stopped: &mut HashMap<Tid, Stop>,
         deadline: Instant,
     ) -> Result<(), Refusal> {
+        let began = Instant::now();
         loop {
             let waiting: Vec<Tid> =
                 self.seized.keys().filter(|tid| !stopped.contains_key(tid)).copied().collect();
@@ -195,7 +196,7 @@ impl Frozen {
                 return Err(Refusal::FreezeBudget);
             }
             if !progress {
-                std::thread::sleep(POLL);
+                nap(began);
             }
         }
     }
@@ -466,6 +467,11 @@ fn is_blocking(tid: Tid, fd: RemoteFd) -> bool {
     process::open_flags(tid, fd).is_ok_and(|flags| flags & libc::O_NONBLOCK == 0)
 }
 
+/// Longer, the longer it takes: those that are waited for may need the very CPUs that we are on, and we go first.
+pub fn nap(waiting_since: Instant) {
+    std::thread::sleep((waiting_since.elapsed() / 4).clamp(FIRST_NAP, LAST_NAP));
+}
+
 /// How a seized thread was found by waitpid(2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
@@ -522,9 +528,8 @@ pub fn wait_for_stop(tid: Tid, deadline: Instant) -> Result<Stop, Refusal> {
         if now >= deadline {
             return Err(Refusal::FreezeBudget);
         }
-        // It may need the very CPU that we are on.
         if now.duration_since(began) > SPIN {
-            std::thread::sleep(NAP);
+            nap(began);
         }
     }
 }

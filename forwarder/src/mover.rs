@@ -51,8 +51,9 @@ const CALM_BYTES: u32 = 256 << 10;
 /// How long a busy connection may take to become shallow (its application runs on), and how often that is looked at.
 const CALM_TIME: Duration = Duration::from_millis(50);
 const CALM_POLL: Duration = Duration::from_micros(500);
-/// Between two looks at what is in flight, while frozen.
+/// Between two looks at what is in flight, while frozen: longer, the longer it takes.
 const SETTLE_POLL: Duration = Duration::from_micros(30);
+const LAST_SETTLE_POLL: Duration = Duration::from_millis(1);
 /// How long a follower waits for its decider to freeze, and, promised, for its word; and how long the decider's blocks
 /// wait, twice, for the follower's: longer together, so that a follower that gives up is heard.
 const WAIT_FOR_FREEZE: Duration = Duration::from_secs(5);
@@ -469,7 +470,10 @@ impl<'a> Running<'a> {
             }
             Action::LookAgain { with_unread } => {
                 self.with_unread = with_unread;
-                self.look_at = Some(if with_unread { Instant::now() } else { Instant::now() + SETTLE_POLL });
+                let now = Instant::now();
+                let frozen_for = self.times.frozen.map_or(Duration::ZERO, |frozen| now - frozen);
+                let pause = (frozen_for / 4).clamp(SETTLE_POLL, LAST_SETTLE_POLL);
+                self.look_at = Some(if with_unread { now } else { now + pause });
                 None
             }
             Action::Arm { carry } => Some(self.arm(carry).map_or_else(Event::ArmFailed, |()| Event::Armed)),

@@ -63,6 +63,8 @@ struct Book {
     /// Those of ours that wait for their turn.
     line: VecDeque<ConnId>,
     pace: Pace,
+    /// Transactions of ours that are under way.
+    led: usize,
     /// Batches of others that wait for theirs.
     joins: Vec<Join>,
 }

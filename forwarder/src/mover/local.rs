@@ -8,11 +8,11 @@ use std::{
 
 use forwarder_api::{Direction, MAX_UNREAD_BYTES, Moved, Refusal};
 
-use super::{Finished, Member, Over, SETTLE_POLL, Times, socket_inode, substitutions};
+use super::{Finished, Member, Over, Times, socket_inode, substitutions};
 use crate::{
     alarm::Alarms,
     exchange::{self, Armed, Deal, SMALL_UNREAD, discard, facts_while_frozen},
-    freeze::Frozen,
+    freeze::{Frozen, nap},
     inspect::{Inspector, SocketFacts},
     options::ReceiveRoom,
     process,
@@ -167,12 +167,13 @@ impl Local<'_> {
         inspector: &Inspector,
         deadline: Instant,
     ) -> Result<(Vec<SocketFacts>, Vec<Look>), Refusal> {
+        let began = Instant::now();
         loop {
             match self.look(frozen, inspector, deadline)? {
                 (facts, looks, Relation::Settled) => return Ok((facts, looks)),
                 (_, _, Relation::Strangers) => return Err(Refusal::NotTheSameConnection),
                 (_, _, Relation::InFlight) if Instant::now() >= deadline => return Err(Refusal::NotSettled),
-                (_, _, Relation::InFlight) => std::thread::sleep(SETTLE_POLL),
+                (_, _, Relation::InFlight) => nap(began),
             }
         }
     }

@@ -22,6 +22,10 @@ use crate::{
 /// processes are reserved by then, for that of the follower.
 const TURN: Duration = Duration::from_secs(5);
 const JOINING: Duration = Duration::from_secs(1);
+/// Transactions that this forwarder leads at once, for each CPU: more would only take the CPUs from each other, and from
+/// the processes that stand still. (How many it follows is up to others.)
+const LED_BY_CPU: usize = 4;
+const MOST_LED: usize = 32;
 /// Between two looks at who has waited for too long.
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -103,6 +107,9 @@ impl Session {
     /// A batch of our own.
     fn form_next(&self) -> Option<Batch> {
         let mut book = locked(&self.book);
+        if book.led >= most_led() {
+            return None;
+        }
         // Without those that were given up.
         let mut line = std::mem::take(&mut book.line);
         line.retain(|conn| book.waiter(*conn).is_some());
@@ -121,6 +128,7 @@ impl Session {
             if places.contains(&place) { conns.push(conn) } else { line.push_back(conn) }
         }
         book.line = line;
+        book.led += 1;
         book.take(self.site.next_batch(), conns, reserved?, mailbox)
     }
 
@@ -148,11 +156,19 @@ impl Session {
                 Job::Local { budget } => run_local(&site, members, budget),
             };
             session.finished(moving, finished);
+            session.no_longer_led(job);
             drop(reserved);
         };
         if let Err(error) = spawn("move", run) {
             log::error!("no thread to move: {error}");
+            self.no_longer_led(job);
             conns.into_iter().for_each(|conn| self.not_started(conn, Refusal::Exhausted));
+        }
+    }
+
+    fn no_longer_led(&self, job: Job) {
+        if !job.follows() {
+            locked(&self.book).led -= 1;
         }
     }
 
@@ -316,6 +332,11 @@ impl Session {
             Err(error) => log::error!("{conn}: {error}"),
         }
     }
+}
+
+fn most_led() -> usize {
+    let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get());
+    (LED_BY_CPU * cpus).min(MOST_LED)
 }
 
 /// Host connections that were made for nothing: neither host is to remember them (TIME_WAIT).
