@@ -67,7 +67,7 @@ const FRESH: Duration = Duration::from_secs(1);
 /// How long the last scan of a router that stops may take.
 const LAST_SCAN: Duration = Duration::from_secs(5);
 /// How long a stop waits at most: the ledger gives its orders up earlier.
-const STOP: Duration = Duration::from_secs(40);
+const STOP: Duration = Duration::from_secs(20);
 
 /// What people ask of a running router.
 pub enum Wish {

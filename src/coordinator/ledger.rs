@@ -38,7 +38,7 @@ const GRACE: Duration = Duration::from_secs(1);
 const STEP: Duration = Duration::from_secs(3);
 /// How long an order is pursued; one to stop longer, because nobody will ask again.
 const ORDER: Duration = Duration::from_secs(5);
-const STOP: Duration = Duration::from_secs(30);
+const STOP: Duration = Duration::from_secs(15);
 /// One to leave a host path that has failed: tried later and later, because each try stops programs in vain.
 const PURSUIT: Duration = Duration::from_secs(60);
 /// Between two tries: doubled from the first to the last. Other orders do not wait longer than `ORDER_RETRY`.

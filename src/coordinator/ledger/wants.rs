@@ -49,9 +49,14 @@ impl Ledger {
             return;
         }
         flow.failures = 0;
-        if flow.attempt.is_none() {
-            self.clear_alarm(tuple);
-            self.consider(tuple);
+        match &flow.attempt {
+            None => {
+                self.clear_alarm(tuple);
+                self.consider(tuple);
+            }
+            // It ends by itself; whoever waits is answered in time all the same.
+            Some(attempt) if attempt.negotiation.is_moving() => self.set_alarm(tuple, until),
+            Some(_) => {}
         }
     }
 
