@@ -19,17 +19,7 @@ use libbpf_rs::{
 
 use crate::bytes::{as_bytes, mapped};
 
-#[allow(
-    clippy::all,
-    clippy::pedantic,
-    clippy::undocumented_unsafe_blocks,
-    clippy::unwrap_used,
-    clippy::expect_used,
-    dead_code
-)]
-mod skeleton {
-    include!(concat!(env!("OUT_DIR"), "/identity.skel.rs"));
-}
+crate::bpf::skeleton!("identity");
 use skeleton::types;
 
 const MAP_PIN: &str = "identities";

@@ -3,6 +3,7 @@
 //! off the overlay, and tells the forwarder to move them. It faces the network, so it never touches a process.
 
 mod attachment;
+mod bpf;
 mod bytes;
 mod check;
 mod commands;

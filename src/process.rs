@@ -4,33 +4,20 @@
 
 use std::{
     collections::HashMap,
-    io::{self, Read},
+    io,
     mem::MaybeUninit,
     path::Path,
     time::{Duration, Instant},
 };
 
 use libbpf_rs::{
-    Iter, IterOpts, Link,
+    IterOpts, Link,
     skel::{OpenSkel, SkelBuilder},
 };
 
-use crate::{
-    bytes::{Plain, from_bytes},
-    trace::Scope,
-};
+use crate::{bpf::records, bytes::Plain, trace::Scope};
 
-#[allow(
-    clippy::all,
-    clippy::pedantic,
-    clippy::undocumented_unsafe_blocks,
-    clippy::unwrap_used,
-    clippy::expect_used,
-    dead_code
-)]
-mod skeleton {
-    include!(concat!(env!("OUT_DIR"), "/process.skel.rs"));
-}
+crate::bpf::skeleton!("process");
 use skeleton::types;
 
 /// How long a list of processes is believed. One that has ended since is not taken.
@@ -87,15 +74,10 @@ impl Processes {
     }
 
     fn read(&self) -> Result<List, ProcessError> {
-        let mut iter = Iter::new(&self.link).map_err(|error| ProcessError::Read(io::Error::other(error)))?;
-        let mut bytes = Vec::new();
-        iter.read_to_end(&mut bytes).map_err(ProcessError::Read)?;
         let mut list = List::default();
-        for chunk in bytes.chunks_exact(size_of::<types::process>()) {
-            if let Some(types::process { cgroup_id, netns, tgid }) = from_bytes(chunk) {
-                list.of_cgroup.insert((cgroup_id, netns), tgid);
-                list.of_netns.insert(netns, tgid);
-            }
+        for types::process { cgroup_id, netns, tgid } in records(&self.link).map_err(ProcessError::Read)? {
+            list.of_cgroup.insert((cgroup_id, netns), tgid);
+            list.of_netns.insert(netns, tgid);
         }
         Ok(list)
     }

@@ -6,20 +6,17 @@
 
 mod sample;
 
-use std::{
-    io::{self, Read},
-    mem::MaybeUninit,
-    net::SocketAddr,
-};
+use std::{io, mem::MaybeUninit, net::SocketAddr};
 
 use forwarder_api::SocketInode;
 use libbpf_rs::{
-    Iter, Link,
+    Link,
     skel::{OpenSkel, SkelBuilder},
 };
 
 use crate::{
-    bytes::{Plain, from_bytes, unmapped},
+    bpf::records,
+    bytes::{Plain, unmapped},
     identity::{Identity, Names},
 };
 pub use sample::Sample;
@@ -33,17 +30,7 @@ pub struct HostSocket {
     pub sample: Sample,
 }
 
-#[allow(
-    clippy::all,
-    clippy::pedantic,
-    clippy::undocumented_unsafe_blocks,
-    clippy::unwrap_used,
-    clippy::expect_used,
-    dead_code
-)]
-mod skeleton {
-    include!(concat!(env!("OUT_DIR"), "/stall.skel.rs"));
-}
+crate::bpf::skeleton!("stall");
 use skeleton::types;
 
 #[derive(Debug, thiserror::Error)]
@@ -72,11 +59,9 @@ impl Watch {
 
     /// All host sockets of this router, as they are now.
     pub fn look(&self) -> Result<Vec<HostSocket>, StallError> {
-        let mut iter = Iter::new(&self.link).map_err(|error| StallError::Read(io::Error::other(error)))?;
-        let mut bytes = Vec::new();
-        iter.read_to_end(&mut bytes).map_err(StallError::Read)?;
-        let records = bytes.chunks_exact(size_of::<types::host_socket>()).filter_map(from_bytes);
+        let records = records(&self.link).map_err(StallError::Read)?;
         Ok(records
+            .into_iter()
             .map(|record: types::host_socket| HostSocket {
                 socket: SocketInode(record.inode),
                 names: Names {

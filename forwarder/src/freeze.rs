@@ -468,8 +468,12 @@ fn is_blocking(tid: Tid, fd: RemoteFd) -> bool {
 }
 
 /// Longer, the longer it takes: those that are waited for may need the very CPUs that we are on, and we go first.
+pub fn next_nap(waiting_since: Instant) -> Duration {
+    (waiting_since.elapsed() / 4).clamp(FIRST_NAP, LAST_NAP)
+}
+
 pub fn nap(waiting_since: Instant) {
-    std::thread::sleep((waiting_since.elapsed() / 4).clamp(FIRST_NAP, LAST_NAP));
+    std::thread::sleep(next_nap(waiting_since));
 }
 
 /// How a seized thread was found by waitpid(2).

@@ -35,7 +35,7 @@ use crate::{
     alarm::Alarms,
     exchange::{Armed, Deal, SMALL_UNREAD, Substitution, discard, facts_while_frozen, look},
     fault::{self, Point},
-    freeze::Frozen,
+    freeze::{Frozen, next_nap},
     holders::has_fired_one_shot,
     inspect::{Inspector, SocketFacts, TCP_ESTABLISHED},
     options::{Options, ReceiveRoom, Shallow},
@@ -51,9 +51,8 @@ const CALM_BYTES: u32 = 256 << 10;
 /// How long a busy connection may take to become shallow (its application runs on), and how often that is looked at.
 const CALM_TIME: Duration = Duration::from_millis(50);
 const CALM_POLL: Duration = Duration::from_micros(500);
-/// Between two looks at what is in flight, while frozen: longer, the longer it takes.
+/// Between two looks at what is in flight, while frozen, at least.
 const SETTLE_POLL: Duration = Duration::from_micros(30);
-const LAST_SETTLE_POLL: Duration = Duration::from_millis(1);
 /// How long a follower waits for its decider to freeze, and, promised, for its word; and how long the decider's blocks
 /// wait, twice, for the follower's: longer together, so that a follower that gives up is heard.
 const WAIT_FOR_FREEZE: Duration = Duration::from_secs(5);
@@ -332,23 +331,32 @@ impl Remote {
     }
 
     fn moved(self, figures: Figures) -> Vec<Over> {
+        if self.direction() == Direction::ToOverlay {
+            // Where its path is dead, nobody acknowledges what is in it, nor its end: it would be sent again and again
+            // for a quarter of an hour. Where it is not, this tells a peer that hears nothing else: see `Silence`. A
+            // reset that arrives otherwise finds the peer's socket out of use, too.
+            self.members.iter().flat_map(|member| &member.prepared.ends).for_each(|end| reset(&end.old));
+        }
         let members = self.members.into_iter().zip(&figures.unread);
-        members.map(|(member, unread_bytes)| over(member, *unread_bytes, &figures)).collect()
+        // A peer that was not heard may need what is unread here: then there is no way back.
+        let over =
+            |(member, unread): (Member, &u64)| over(member, &[*unread], figures.heard, &figures.common);
+        members.map(over).collect()
     }
 }
 
-fn over(mut member: Member, unread_bytes: u64, figures: &Figures) -> Over {
+/// `unread`: bytes that the application of each of its ends had not read. `common`: the figures of all that moved with it.
+fn over(mut member: Member, unread: &[u64], may_return: bool, common: &Moved) -> Over {
     let ends = std::mem::take(&mut member.prepared.ends);
     let moved = Moved {
-        unread_bytes,
+        unread_bytes: unread.iter().sum(),
         fds: ends.iter().map(|end| end.holders.fds() as u32).sum(),
         sockets: member.new.iter().filter_map(socket_inode).collect(),
-        ..figures.common.clone()
+        ..common.clone()
     };
     let parked = match member.prepared.direction {
-        // A peer that was not heard may need what is unread here: then there is no way back.
-        Direction::ToHost => (figures.heard
-            && ends.iter().all(|end| discard(end.old.as_fd(), unread_bytes as usize)))
+        Direction::ToHost => (may_return
+            && ends.iter().zip(unread).all(|(end, unread)| discard(end.old.as_fd(), *unread as usize)))
         .then(|| Parked {
             overlay: ends.into_iter().map(|end| end.old).collect(),
             host: moved.sockets.clone(),
@@ -357,14 +365,24 @@ fn over(mut member: Member, unread_bytes: u64, figures: &Figures) -> Over {
         }),
         Direction::ToOverlay => {
             member.prepared.parked = None;
-            // Where its path is dead, nobody acknowledges what is in it, nor its end: it would be sent again and again
-            // for a quarter of an hour. Where it is not, this tells a peer that hears nothing else: see `Silence`. A
-            // reset that arrives otherwise finds the peer's socket out of use, too.
-            ends.iter().for_each(|end| reset(&end.old));
             None
         }
     };
     Over { prepared: member.prepared, moved, parked }
+}
+
+/// What the facts of these ends say, with the unread bytes if they are few or wanted.
+fn looks<'a>(
+    ends: impl Iterator<Item = &'a PreparedEnd>,
+    facts: &[SocketFacts],
+    with_unread: bool,
+) -> Result<Vec<Look>, Refusal> {
+    let unread: u64 = facts.iter().map(SocketFacts::unread_bytes).sum();
+    if unread > MAX_UNREAD_BYTES as u64 {
+        return Err(Refusal::TooManyUnreadBytes);
+    }
+    let most = if with_unread { MAX_UNREAD_BYTES } else { SMALL_UNREAD / facts.len().max(1) };
+    ends.zip(facts).map(|(end, facts)| look(end.old.as_fd(), facts, most)).collect()
 }
 
 /// For all ends of these connections, with what the facts say and what is to be carried, of each.
@@ -471,8 +489,7 @@ impl<'a> Running<'a> {
             Action::LookAgain { with_unread } => {
                 self.with_unread = with_unread;
                 let now = Instant::now();
-                let frozen_for = self.times.frozen.map_or(Duration::ZERO, |frozen| now - frozen);
-                let pause = (frozen_for / 4).clamp(SETTLE_POLL, LAST_SETTLE_POLL);
+                let pause = self.times.frozen.map_or(SETTLE_POLL, |frozen| next_nap(frozen).max(SETTLE_POLL));
                 self.look_at = Some(if with_unread { now } else { now + pause });
                 None
             }
@@ -574,17 +591,7 @@ impl<'a> Running<'a> {
             break facts?;
         };
         self.facts = facts;
-        self.looks(false)
-    }
-
-    /// What the facts say, with the unread bytes if they are few or wanted.
-    fn looks(&self, with_unread: bool) -> Result<Vec<Look>, Refusal> {
-        let unread: u64 = self.facts.iter().map(SocketFacts::unread_bytes).sum();
-        if unread > MAX_UNREAD_BYTES as u64 {
-            return Err(Refusal::TooManyUnreadBytes);
-        }
-        let most = if with_unread { MAX_UNREAD_BYTES } else { SMALL_UNREAD / self.facts.len().max(1) };
-        self.ends().zip(&self.facts).map(|(end, facts)| look(end.old.as_fd(), facts, most)).collect()
+        looks(self.ends(), &self.facts, false)
     }
 
     fn freeze_and_save(&mut self) -> Result<Vec<Queue>, Refusal> {
@@ -606,7 +613,7 @@ impl<'a> Running<'a> {
                 Ok(facts)
             });
             self.facts = facts.collect::<Result<Vec<_>, Refusal>>()?;
-            let looks = self.looks(self.with_unread)?;
+            let looks = looks(self.ends(), &self.facts, self.with_unread)?;
             if self.receive_rooms.is_empty() && self.mover.task.manner == Manner::Settle {
                 // Something is on its way, and nobody reads: make room for it to land.
                 let make = |end: &'a PreparedEnd| ReceiveRoom::make(end.old.as_fd(), MAX_UNREAD_BYTES).ok();

@@ -102,6 +102,12 @@ enum Job {
     Local { budget: Duration },
 }
 
+impl Waiter {
+    fn new(member: Member, job: Job, most: usize, since: Instant) -> Waiter {
+        Waiter { tgids: tgids_of(&member.prepared.ends), member, job, most, since }
+    }
+}
+
 impl Job {
     fn follows(self) -> bool {
         matches!(self, Job::Remote(Task { role: Role::Follower, .. }, _))
@@ -266,18 +272,12 @@ impl Session {
             .get_mut(&conn)
             .map(|connection| (connection.cancelled, std::mem::replace(&mut connection.stage, Stage::Asked)));
         let prepared = match taken {
-            Some((None, Stage::Prepared(prepared))) => prepared,
-            Some((cancelled, _)) => {
-                drop(book);
-                return self.not_started(conn, cancelled.unwrap_or(Refusal::NotParked));
-            }
-            None => {
-                drop(book);
-                return self.not_started(conn, Refusal::NotParked);
-            }
+            Some((None, Stage::Prepared(prepared))) => Ok(prepared),
+            Some((cancelled, _)) => Err(cancelled.unwrap_or(Refusal::NotParked)),
+            None => Err(Refusal::NotParked),
         };
-        let tgids = tgids_of(&prepared.ends);
-        let member = match Member::new(*prepared, fds, matches!(job, Job::Remote(..))) {
+        let with_witness = matches!(job, Job::Remote(..));
+        let member = match prepared.and_then(|prepared| Member::new(*prepared, fds, with_witness)) {
             Ok(member) => member,
             Err(reason) => {
                 drop(book);
@@ -285,8 +285,7 @@ impl Session {
             }
         };
         let most = if alone { 1 } else { MAX_BATCH };
-        let waiter = Waiter { member, tgids, job, most, since: Instant::now() };
-        book.wait(conn, waiter);
+        book.wait(conn, Waiter::new(member, job, most, Instant::now()));
         drop(book);
         self.site.bell.ring();
     }

@@ -92,7 +92,11 @@ pub struct Reserved {
 
 impl Drop for Reserved {
     fn drop(&mut self) {
-        locked(&self.site.reserved).retain(|tgid| !self.tgids.contains(tgid));
+        let mut reserved = locked(&self.site.reserved);
+        for tgid in &self.tgids {
+            reserved.remove(tgid);
+        }
+        drop(reserved);
         self.site.bell.ring();
     }
 }

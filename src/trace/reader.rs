@@ -31,17 +31,7 @@ use crate::{
     rules::{After, RuleSet},
 };
 
-#[allow(
-    clippy::all,
-    clippy::pedantic,
-    clippy::undocumented_unsafe_blocks,
-    clippy::unwrap_used,
-    clippy::expect_used,
-    dead_code
-)]
-mod skeleton {
-    include!(concat!(env!("OUT_DIR"), "/connect.skel.rs"));
-}
+crate::bpf::skeleton!("connect");
 pub(super) use skeleton::types;
 use skeleton::{ConnectSkel, ConnectSkelBuilder};
 

@@ -6,17 +6,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use forwarder_api::{Direction, MAX_UNREAD_BYTES, Moved, Refusal};
+use forwarder_api::{MAX_UNREAD_BYTES, Moved, Refusal};
 
-use super::{Finished, Member, Over, Times, socket_inode, substitutions};
+use super::{Finished, Member, Times, over, substitutions};
 use crate::{
     alarm::Alarms,
-    exchange::{self, Armed, Deal, SMALL_UNREAD, discard, facts_while_frozen},
+    exchange::{Armed, Deal, facts_while_frozen},
     freeze::{Frozen, nap},
     inspect::{Inspector, SocketFacts},
     options::ReceiveRoom,
     process,
-    site::{Parked, PreparedEnd, Site, report, tgids_of},
+    site::{PreparedEnd, Site, report, tgids_of},
     transaction::{Look, Relation, relation, worst},
 };
 
@@ -30,7 +30,7 @@ struct Local<'a> {
     times: Times,
     threads: u32,
     /// Bytes that the application of each end had not read.
-    unread: Vec<usize>,
+    unread: Vec<u64>,
 }
 
 /// Move both ends of each, from the first look to the thaw.
@@ -56,33 +56,8 @@ pub fn run_local(site: &Site, mut members: Vec<Member>, budget: Duration) -> Fin
         return Finished::Aborted { members, reason, pause_us: times.pause_us(), afresh: !gate_opened };
     }
     let common = Moved { together: members.len() as u32, threads, processes, ..times.moved() };
-    let over = |(member, unread): (Member, &[usize])| over(member, unread, &common);
+    let over = |(member, unread): (Member, &[u64])| over(member, unread, true, &common);
     Finished::Moved(members.into_iter().zip(unread.chunks_exact(2)).map(over).collect())
-}
-
-fn over(mut member: Member, unread: &[usize], common: &Moved) -> Over {
-    let ends = std::mem::take(&mut member.prepared.ends);
-    let moved = Moved {
-        unread_bytes: unread.iter().sum::<usize>() as u64,
-        fds: ends.iter().map(|end| end.holders.fds() as u32).sum(),
-        sockets: member.new.iter().filter_map(socket_inode).collect(),
-        ..common.clone()
-    };
-    let discarded = ends.iter().zip(unread).all(|(end, unread)| discard(end.old.as_fd(), *unread));
-    let parked = match member.prepared.direction {
-        Direction::ToHost if !discarded => None,
-        Direction::ToHost => Some(Parked {
-            overlay: ends.into_iter().map(|end| end.old).collect(),
-            host: moved.sockets.clone(),
-            note: std::mem::take(&mut member.prepared.note),
-            moved: moved.clone(),
-        }),
-        Direction::ToOverlay => {
-            member.prepared.parked = None;
-            None
-        }
-    };
-    Over { prepared: member.prepared, moved, parked }
 }
 
 impl Local<'_> {
@@ -125,11 +100,9 @@ impl Local<'_> {
             (_, _, Relation::Strangers) => return Err(Refusal::NotTheSameConnection),
         };
         self.times.settled = Some(Instant::now());
-        self.unread = facts.iter().map(|facts| facts.unread_bytes() as usize).collect();
-        for ((end, facts), look) in self.ends.iter().zip(&facts).zip(&mut looks) {
-            if look.unread.is_none() {
-                *look = exchange::look(end.old.as_fd(), facts, MAX_UNREAD_BYTES)?;
-            }
+        self.unread = facts.iter().map(SocketFacts::unread_bytes).collect();
+        if looks.iter().any(|look| look.unread.is_none()) {
+            looks = super::looks(self.ends.iter().copied(), &facts, true)?;
         }
         // What one end has not read arrives there when the other end's new socket sends it.
         let carry = (0..looks.len()).map(|index| looks[index ^ 1].unread.take().unwrap_or_default());
@@ -148,14 +121,7 @@ impl Local<'_> {
         deadline: Instant,
     ) -> Result<(Vec<SocketFacts>, Vec<Look>, Relation), Refusal> {
         let facts = facts_while_frozen(self.ends.iter().copied(), frozen, inspector, deadline)?;
-        if facts.iter().map(SocketFacts::unread_bytes).sum::<u64>() > MAX_UNREAD_BYTES as u64 {
-            return Err(Refusal::TooManyUnreadBytes);
-        }
-        let looks = self.ends.iter().zip(&facts);
-        let few = SMALL_UNREAD / facts.len().max(1);
-        let looks: Result<Vec<Look>, Refusal> =
-            looks.map(|(end, facts)| exchange::look(end.old.as_fd(), facts, few)).collect();
-        let looks = looks?;
+        let looks = super::looks(self.ends.iter().copied(), &facts, false)?;
         let relation = worst(looks.chunks_exact(2).map(|pair| relation(&pair[0], &pair[1])));
         Ok((facts, looks, relation))
     }

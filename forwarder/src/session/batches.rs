@@ -52,7 +52,6 @@ struct Batch {
 struct Moving {
     number: u64,
     job: Job,
-    tgids: Vec<Vec<Tgid>>,
     since: Instant,
     conns: Vec<ConnId>,
 }
@@ -136,15 +135,14 @@ impl Session {
         let Batch { number, conns, waiters, reserved, mailbox } = batch;
         let Some(job) = waiters.first().map(|waiter| waiter.job) else { return };
         let since = waiters.iter().map(|waiter| waiter.since).min().unwrap_or_else(Instant::now);
-        let (tgids, members): (Vec<_>, Vec<_>) =
-            waiters.into_iter().map(|waiter| (waiter.tgids, waiter.member)).unzip();
+        let members: Vec<Member> = waiters.into_iter().map(|waiter| waiter.member).collect();
         let lead = conns[0];
         if let Job::Remote(..) = job
             && !job.follows()
         {
             self.write(lead, &Letter { batch: number, word: Word::Join(conns.clone()) });
         }
-        let moving = Moving { number, job, tgids, since, conns: conns.clone() };
+        let moving = Moving { number, job, since, conns: conns.clone() };
         let (session, site) = (Arc::clone(self), Arc::clone(&self.site));
         let run = move || {
             let finished = match job {
@@ -183,9 +181,9 @@ impl Session {
                 // A peer that has fallen silent says nothing in smaller ones, either.
                 let again = afresh && members.len() > 1 && reason != Refusal::PeerGone;
                 self.learn_pace(members.len(), pause_us);
-                for (member, tgids) in members.into_iter().zip(&moving.tgids) {
+                for member in members {
                     if again {
-                        self.put_back_in_line(&moving, member, tgids);
+                        self.put_back_in_line(&moving, member);
                     } else {
                         close_unused(&member);
                     }
@@ -219,7 +217,7 @@ impl Session {
     }
 
     /// For a smaller batch, unless it was given up meanwhile.
-    fn put_back_in_line(&self, moving: &Moving, member: Member, tgids: &[Tgid]) {
+    fn put_back_in_line(&self, moving: &Moving, member: Member) {
         let conn = member.prepared.conn;
         let mut book = locked(&self.book);
         let is_wanted = |connection: &super::Connection| connection.cancelled.is_none();
@@ -228,9 +226,8 @@ impl Session {
             return close_unused(&member);
         }
         // Those with which nothing is the matter are soon by themselves.
-        let (most, tgids) = ((moving.conns.len() / 4).max(1), tgids.to_vec());
-        let waiter = Waiter { member, tgids, job: moving.job, most, since: moving.since };
-        book.wait(conn, waiter);
+        let most = (moving.conns.len() / 4).max(1);
+        book.wait(conn, Waiter::new(member, moving.job, most, moving.since));
     }
 
     /// Those that are not in line again.
@@ -340,7 +337,7 @@ fn most_led() -> usize {
 }
 
 /// Host connections that were made for nothing: neither host is to remember them (TIME_WAIT).
-pub fn close_unused(member: &Member) {
+fn close_unused(member: &Member) {
     if member.prepared.direction == Direction::ToHost {
         member.new.iter().for_each(reset);
     }

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use crate::{Lab, Place};
+use crate::{DEADLINE, Lab, Place, Process, wait_for};
 
 /// Words with no spaces in them.
 pub fn command(words: &str) -> Command {
@@ -59,6 +59,16 @@ pub fn redis_clients(place: &Place, address: IpAddr) -> Result<usize> {
     let count = said.lines().find_map(|line| line.strip_prefix("connected_clients:"));
     let count: usize = count.with_context(|| format!("redis said {said}"))?.trim().parse()?;
     Ok(count - 1)
+}
+
+/// So many clients of redis that say nothing, connected.
+pub fn silent_redis_clients(place: &Place, address: IpAddr, count: usize) -> Result<Process> {
+    let clients = place
+        .spawn("silent-clients", &mut command(&format!("redis-benchmark -h {address} -I -c {count}")))?;
+    wait_for("redis-benchmark's connections", DEADLINE, || {
+        Ok((redis_clients(place, address)? >= count).then_some(()))
+    })?;
+    Ok(clients)
 }
 
 pub const MEMCACHED_PORT: u16 = 11211;

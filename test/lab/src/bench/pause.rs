@@ -5,7 +5,7 @@ use anyhow::{Context, Result};
 use lab::{
     DEADLINE,
     measure::{median, quantile},
-    programs::{REDIS_PORT, command, redis},
+    programs::{REDIS_PORT, redis, silent_redis_clients},
     wait_for,
     workload::{Stream, StreamOptions},
 };
@@ -123,8 +123,7 @@ fn pauses_ms(run: &Run<'_>, port: u16, kind: &Kind) -> Result<Vec<f64>> {
 fn batches(run: &Run<'_>, case: &str, connections: usize) -> Result<Vec<Figure>> {
     let (setting, host) = (run.setting, &run.setting.lab.h1);
     let _redis = run.serve(&redis(run.address), REDIS_PORT)?;
-    let words = format!("redis-benchmark -h {} -I -c {connections}", run.address);
-    let _clients = run.client.spawn("clients", &mut command(&words))?;
+    let _clients = silent_redis_clients(run.client, run.address, connections)?;
     let mut pauses_ms = Vec::new();
     for _ in 0..STARTS {
         setting.start_routers()?;

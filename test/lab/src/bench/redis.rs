@@ -4,11 +4,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use lab::{
-    DEADLINE,
-    programs::{REDIS_PORT, command, redis, redis_clients},
-    wait_for,
-};
+use lab::programs::{REDIS_PORT, command, redis, silent_redis_clients};
 
 use super::{ALL_PODS, Figure, Key, Part, Quantity, Run, Setting, Way, figure::Target};
 
@@ -63,11 +59,7 @@ const BEFORE: Duration = Duration::from_secs(1);
 
 fn while_others_are_swapped(run: &Run<'_>) -> Result<Vec<Figure>> {
     let _redis = run.serve(&redis(run.address), REDIS_PORT)?;
-    let others = format!("redis-benchmark -h {} -I -c {OTHERS}", run.address);
-    let _others = run.client.spawn("others", &mut command(&others))?;
-    wait_for("the other connections", DEADLINE, || {
-        Ok((redis_clients(run.client, run.address)? >= OTHERS).then_some(()))
-    })?;
+    let _others = silent_redis_clients(run.client, run.address, OTHERS)?;
     let requests = 2 * run.seconds * SINGLE_PER_S;
     let words = format!("redis-benchmark -h {} -t get -c 50 -n {requests} --csv", run.address);
     let busy = run.client.spawn("busy", &mut command(&words))?;

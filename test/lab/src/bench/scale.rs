@@ -6,9 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use lab::{
-    DEADLINE, Host,
-    programs::{REDIS_PORT, command, redis, redis_clients},
-    wait_for,
+    Host,
+    programs::{REDIS_PORT, redis, redis_clients, silent_redis_clients},
 };
 
 use super::{ALL_PODS, Figure, Key, Part, Quantity, Run, Setting, Way, figure::Target};
@@ -61,11 +60,7 @@ fn measure(run: &Run<'_>, case: &str, connections: usize) -> Result<Vec<Figure>>
     setting.stop_routers()?;
 
     let _redis = run.serve(&redis(run.address), REDIS_PORT)?;
-    let words = format!("redis-benchmark -h {} -I -c {connections}", run.address);
-    let _clients = run.client.spawn("clients", &mut command(&words))?;
-    wait_for("redis-benchmark's connections", DEADLINE, || {
-        Ok((redis_clients(run.client, run.address)? >= connections).then_some(()))
-    })?;
+    let _clients = silent_redis_clients(run.client, run.address, connections)?;
 
     let (moved, took) = std::thread::scope(|scope| -> Result<(usize, Duration)> {
         let watching = scope.spawn(|| time_of_swaps(host, connections));
