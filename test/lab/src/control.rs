@@ -128,7 +128,8 @@ impl Host {
         flow.reason.context("a refused connection has a reason")
     }
 
-    /// Orders a move and waits until the connection is there. A passing refusal is asked again, as a person would.
+    /// Orders a move and waits until the connection is there. A passing refusal is asked again, as a person would; and one
+    /// that is there already is ordered to stay: the rules may be about to move it.
     pub fn move_to(&self, port: u16, path: &str) -> Result<Flow> {
         let mut last = None;
         wait_for(&format!("port {port} on {} to move to {path}", self.name), DEADLINE, || {
@@ -136,9 +137,6 @@ impl Host {
                 // Too young to be known.
                 return Ok(None);
             };
-            if flow.path == path {
-                return Ok(Some(flow));
-            }
             let conn = flow.conn.clone().context("a connection without a name")?;
             let answer = if path == "host" { self.swap(&conn) } else { self.swap_back(&conn) };
             last = answer.err();
