@@ -19,6 +19,8 @@ done
 if [[ $programs == yes ]]; then ./init.sh programs; else ./init.sh; fi
 export PATH=$PATH:${CARGO_HOME:-$HOME/.cargo}/bin LAB_QUIET=1 RUST_BACKTRACE=${RUST_BACKTRACE:-0}
 
+lab() { "${CARGO_TARGET_DIR:-target}/release/lab" "$@"; }
+
 if ((${#words[@]} == 0)); then
     cargo fmt --all --check
     cargo clippy --release --locked --workspace --all-targets -- -D warnings
@@ -35,16 +37,16 @@ for file in test/lab/tests/*.rs test/lab/tests/*/main.rs; do
     name=$(basename "${file%/main.rs}" .rs)
     [[ $name != programs || $programs == yes ]] || continue
     if ((${#words[@]} == 0)) || [[ " ${words[*]} " == *" $name "* ]]; then
-        [[ $name != transparency ]] || target/release/lab transparency --clear
+        [[ $name != transparency ]] || lab transparency --clear
         # The files after one that fails have something to say as well.
         cargo test --release --locked -p lab --test "$name" -- --test-threads 1 || failed+=("$name")
-        [[ $name != transparency ]] || target/release/lab transparency
+        [[ $name != transparency ]] || lab transparency
     fi
 done
 if ((${#words[@]} == 0)); then
     cargo test --release --locked -p lab --lib --bins
     # Each time another seed: it is printed, and `test/script.sh torture` with these options and --seed S is it again.
-    "${CARGO_TARGET_DIR:-target}/release/lab" torture --minutes 0.5 --connections 60 --without kills
+    lab torture --minutes 0.5 --connections 60 --without kills
     [[ $kernel == no ]] || test/kernel.sh
 fi
 ((${#failed[@]} == 0)) || { echo "error: tests failed in: ${failed[*]}" >&2; exit 1; }

@@ -25,8 +25,8 @@ build() {
     cargo build --quiet --release --locked
 }
 
-# What init.sh has to install for a key.
-programs() { [[ $1 == iperf3 || $1 == latency ]] || echo programs; }
+# What init.sh has to install for a key; nothing for one that does not exist.
+programs() { case $1 in all | rate | memcached | redis | postgres | mpi* | pause | scale | cost) echo programs ;; esac; }
 
 lab() { "${CARGO_TARGET_DIR:-target}/release/lab" "$@"; }
 

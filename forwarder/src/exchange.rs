@@ -19,11 +19,11 @@ use nix::sys::{
 
 use crate::{
     fault::{self, Point},
-    freeze::Frozen,
+    freeze::{Frozen, nap},
     holders::{Descriptors, Holders, Table, plan},
     inject::{Block, Carried, Done, Gate, Lend, RECOVERY, channel},
     inspect::{FdFacts, InspectError, Inspector, SocketFacts},
-    options::{Options, SendRoom},
+    options::{Options, SendRoom, make_room_for_carried},
     process::{self, RemoteFd, Tgid},
     site::{PreparedEnd, may_be_moved},
     table::{Plan, Rank, Silence, Verdict},
@@ -205,6 +205,7 @@ impl Armed {
         for (index, pair) in pairs.iter().enumerate() {
             in_time(deadline)?;
             pair.options.keep_up(pair.old, pair.new)?;
+            make_room_for_carried(pair.new, pair.facts.unread_bytes())?;
             if !pair.carry.is_empty() {
                 files.push((index, memory_file(&pair.carry)?));
                 if let Some(room) = SendRoom::make(pair.new, pair.carry.len())? {
@@ -300,6 +301,34 @@ impl Armed {
                 let _ = block.finish(process, Instant::now() + RECOVERY);
             }
         }
+    }
+}
+
+/// How long nothing of what is carried may arrive before it is not waited for any more.
+const CARRYING: Duration = Duration::from_millis(5);
+
+/// Wait, while nobody can read, until what the applications had not read is in their new sockets: a program that was told how
+/// much there is must not find less.
+pub fn wait_for_carried<'a>(
+    new: impl Iterator<Item = (BorrowedFd<'a>, u64)>,
+    inspector: &Inspector,
+    deadline: Instant,
+) {
+    let waiting: Vec<_> = new.filter(|(_, unread)| *unread > 0).collect();
+    let missing = || -> u64 {
+        let arrived =
+            |new| inspector.socket(new).ok().flatten().map_or(u64::MAX, |facts| facts.unread_bytes());
+        waiting.iter().map(|(new, unread)| unread.saturating_sub(arrived(*new))).sum()
+    };
+    let (mut last, mut since) = (u64::MAX, Instant::now());
+    while Instant::now() < deadline {
+        match missing() {
+            0 => return,
+            now if now < last => (last, since) = (now, Instant::now()),
+            _ if since.elapsed() > CARRYING => return,
+            _ => {}
+        }
+        nap(since);
     }
 }
 

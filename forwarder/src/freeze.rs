@@ -23,7 +23,7 @@ use nix::{errno::Errno, sys::ptrace, unistd::Pid};
 
 use crate::{
     alarm::{Alarm, Alarms},
-    arch::{self, Interrupted, Partial, Regs, Timed, Vector},
+    arch::{self, Frame, Interrupted, Regs, Timed},
     fault::{self, Point},
     foothold::Foothold,
     process::{self, Memory, RemoteAddr, RemoteFd, Tgid, Tid},
@@ -306,16 +306,19 @@ impl FrozenProcess {
                 self.threads[index].regs = regs;
                 write_regs(tid, regs).map_err(|_| Refusal::HolderVanished)
             }
-            Interrupted::Transfer(partial)
-                if partial.dont_wait || !is_blocking(tid, RemoteFd(partial.fd)) =>
+            Interrupted::Transfer(transfer)
+                if transfer.dont_wait || !is_blocking(tid, RemoteFd(transfer.fd)) =>
             {
                 Ok(())
             }
-            Interrupted::Transfer(partial) => self.finish_later(index, &partial),
-            Interrupted::Vector(vector) if vector.dont_wait || !is_blocking(tid, RemoteFd(vector.fd)) => {
-                Ok(())
+            Interrupted::Transfer(transfer) => {
+                let (frame, read) =
+                    (self.resume_frame(&regs)?, |at, count| self.read_words(RemoteAddr(at), count));
+                match transfer.resume(&regs, self.foothold.at.0, frame, &read)? {
+                    Some(resume) => self.enter_resume(index, resume),
+                    None => Ok(()),
+                }
             }
-            Interrupted::Vector(vector) => self.finish_vector_later(index, &vector),
         }
     }
 
@@ -328,7 +331,7 @@ impl FrozenProcess {
         let Some(timed) = arch::timed(regs, self.foothold.is_in_resume(regs.rip)) else { return Ok(None) };
         let frame = self.resume_frame(regs)?;
         let alarm = match &frame {
-            Some(frame) => arch::alarm_of(frame).map(Alarm),
+            Some(frame) => frame.alarm().map(Alarm),
             None => alarms.of_stopped(self.tgid, *tid).filter(|_| self.may_wait_for(timed, *tid, regs)),
         };
         let resume =
@@ -344,56 +347,31 @@ impl FrozenProcess {
                 && !process::is_filtered(self.tgid, tid)
     }
 
-    fn finish_later(&mut self, index: usize, partial: &Partial) -> Result<(), Refusal> {
-        let FrozenThread { regs, .. } = self.threads[index];
-        let frame = self.resume_frame(&regs)?;
-        self.enter_resume(index, arch::resume(&regs, partial, self.foothold.at.0, frame))
-    }
-
-    /// More pieces than this are not continued: they would need too much of the thread's stack.
-    const MAX_PIECES: u64 = 64;
-
-    fn finish_vector_later(&mut self, index: usize, vector: &Vector) -> Result<(), Refusal> {
-        let FrozenThread { regs, .. } = self.threads[index];
-        let vanished = |_| Refusal::HolderVanished;
-        let mut header = [0; arch::MSGHDR_LEN];
-        if let Some(at) = vector.header_at(&regs) {
-            self.memory.read(RemoteAddr(at), &mut header).map_err(vanished)?;
-        }
-        let (at, count) = vector.array(&regs, &header);
-        if count > libc::UIO_MAXIOV as u64 {
-            return Err(Refusal::UnfinishedCall);
-        }
-        let mut array = vec![0; count as usize * arch::IOVEC_LEN];
-        self.memory.read(RemoteAddr(at), &mut array).map_err(vanished)?;
-        let word = |bytes: &[u8]| bytes.first_chunk().copied().map_or(0, u64::from_le_bytes);
-        let pieces: Vec<(u64, u64)> =
-            array.chunks_exact(arch::IOVEC_LEN).map(|piece| (word(piece), word(&piece[8..]))).collect();
-        let left = arch::pieces_left(&pieces, vector.moved);
-        if left.is_empty() {
-            return Ok(());
-        }
-        // The stop has cut the call short all the same: nothing can be done about that.
-        if left.len() as u64 > Self::MAX_PIECES {
-            return Err(Refusal::UnfinishedCall);
-        }
-        let frame = self.resume_frame(&regs)?;
-        self.enter_resume(index, arch::resume_vector(&regs, vector, &left, self.foothold.at.0, frame))
-    }
-
     /// The frame of a thread that stands in the resume code already.
-    fn resume_frame(&self, regs: &Regs) -> Result<Option<[u8; arch::RESUME_FRAME_LEN]>, Refusal> {
+    fn resume_frame(&self, regs: &Regs) -> Result<Option<Frame>, Refusal> {
         if !self.foothold.is_in_resume(regs.rip) {
             return Ok(None);
         }
-        let mut frame = [0; arch::RESUME_FRAME_LEN];
-        self.memory.read(RemoteAddr(regs.rsp), &mut frame).map_err(|_| Refusal::HolderVanished)?;
-        Ok(Some(frame))
+        let words = self.read_words(RemoteAddr(regs.rsp), arch::FRAME_LEN / 8)?;
+        Ok(Frame::read(regs.rsp, &words))
+    }
+
+    fn read_words(&self, at: RemoteAddr, count: usize) -> Result<Vec<u64>, Refusal> {
+        let mut bytes = vec![0; 8 * count];
+        self.memory.read(at, &mut bytes).map_err(|_| Refusal::HolderVanished)?;
+        Ok(bytes
+            .chunks_exact(8)
+            .filter_map(|word| word.first_chunk().copied())
+            .map(u64::from_le_bytes)
+            .collect())
     }
 
     fn enter_resume(&mut self, index: usize, resume: arch::Resume) -> Result<(), Refusal> {
+        for (at, words) in &resume.writes {
+            let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+            self.memory.write(RemoteAddr(*at), &bytes).map_err(|_| Refusal::UnfinishedCall)?;
+        }
         let tid = self.threads[index].tid;
-        self.memory.write(RemoteAddr(resume.frame_at), &resume.frame).map_err(|_| Refusal::UnfinishedCall)?;
         self.threads[index].regs = resume.regs;
         write_regs(tid, resume.regs).map_err(|_| Refusal::HolderVanished)
     }

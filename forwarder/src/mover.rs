@@ -33,7 +33,9 @@ pub use local::run_local;
 
 use crate::{
     alarm::Alarms,
-    exchange::{Armed, Deal, SMALL_UNREAD, Substitution, discard, facts_while_frozen, look},
+    exchange::{
+        Armed, Deal, SMALL_UNREAD, Substitution, discard, facts_while_frozen, look, wait_for_carried,
+    },
     fault::{self, Point},
     freeze::{Frozen, next_nap},
     holders::has_fired_one_shot,
@@ -654,6 +656,11 @@ impl<'a> Running<'a> {
         let result = armed.install(frozen, &new);
         self.times.installed = Some(Instant::now());
         self.heard = result?.heard;
+        if self.heard {
+            let unread = self.facts.iter().map(SocketFacts::unread_bytes);
+            let budget_ends = self.times.began.unwrap_or_else(Instant::now) + self.mover.task.budget;
+            wait_for_carried(new.into_iter().zip(unread), &self.inspector, budget_ends);
+        }
         Ok(())
     }
 

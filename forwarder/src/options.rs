@@ -270,6 +270,21 @@ impl SendRoom {
     }
 }
 
+/// Room in the receive buffer of a new socket for `bytes` that arrive before anybody reads. It stays: a smaller buffer would
+/// drop what comes after them. The kernel goes on tuning it; one that the application fixed is left as it is.
+pub fn make_room_for_carried(new: BorrowedFd<'_>, bytes: u64) -> Result<(), Refusal> {
+    let size = get_int(new, libc::SOL_SOCKET, libc::SO_RCVBUF).unwrap_or(0);
+    let locked = get_int(new, libc::SOL_SOCKET, SO_BUF_LOCK).unwrap_or(0);
+    let wanted = i32::try_from(bytes).map_err(|_| Refusal::TooManyUnreadBytes)?;
+    // Half of the buffer is offered to the peer, and the kernel doubles what it is given (socket(7)).
+    if locked & SOCK_RCVBUF_LOCK != 0 || wanted <= size / 2 {
+        return Ok(());
+    }
+    set(new, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, &wanted.to_ne_bytes())?;
+    set(new, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, &wanted.to_ne_bytes())?;
+    set(new, libc::SOL_SOCKET, SO_BUF_LOCK, &locked.to_ne_bytes())
+}
+
 /// A connection whose send buffer is kept small while its last bytes settle: the application itself waits, instead
 /// of filling it. Undone when dropped. Bytes that are queued already are not touched.
 ///

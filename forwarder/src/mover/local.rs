@@ -11,7 +11,7 @@ use forwarder_api::{MAX_UNREAD_BYTES, Moved, Refusal};
 use super::{Finished, Member, Times, over, substitutions};
 use crate::{
     alarm::Alarms,
-    exchange::{Armed, Deal, facts_while_frozen},
+    exchange::{Armed, Deal, facts_while_frozen, wait_for_carried},
     freeze::{Frozen, nap},
     inspect::{Inspector, SocketFacts},
     options::ReceiveRoom,
@@ -111,6 +111,7 @@ impl Local<'_> {
         *gate_opened = true;
         armed.install(frozen, &self.new)?;
         self.times.installed = Some(Instant::now());
+        wait_for_carried(self.new.iter().copied().zip(self.unread.iter().copied()), inspector, deadline);
         Ok(())
     }
 

@@ -2,7 +2,6 @@
 //! test/TRANSPARENCY.md: each test of `test/lab/tests/transparency` writes its row down, and the table is made of them.
 
 use std::{
-    collections::BTreeMap,
     fmt::Write,
     path::{Path, PathBuf},
 };
@@ -22,7 +21,6 @@ both programs check every byte and every result.
 
 * **kept**: it moves, and the programs see what they would have seen without that.
 * **refused**: it stays on the overlay, with this reason in `router flows`, and the programs see nothing.
-* **open**: not as it should be, or not tested here, because.
 
 ";
 
@@ -42,8 +40,6 @@ pub enum Outcome {
     Kept,
     /// The label of the refusal.
     Refused(String),
-    /// Why.
-    Open(String),
 }
 
 /// Where the tests leave their rows: beside what was built of them.
@@ -81,14 +77,10 @@ pub fn write_table(to: &Path) -> Result<()> {
 
 fn table(mut rows: Vec<Row>) -> String {
     let group = |row: &Row| GROUPS.iter().position(|group| *group == row.group);
-    rows.sort_by_key(|row| (group(row), matches!(row.outcome, Outcome::Open(_)), row.line));
+    rows.sort_by_key(|row| (group(row), row.line));
     let mut text = HEAD.to_owned();
-    let mut counts = BTreeMap::from([("kept", 0), ("refused", 0), ("open", 0)]);
-    for row in &rows {
-        *counts.entry(row.outcome.word()).or_default() += 1;
-    }
-    let _ =
-        writeln!(text, "{} kept, {} refused, {} open.", counts["kept"], counts["refused"], counts["open"]);
+    let kept = rows.iter().filter(|row| row.outcome == Outcome::Kept).count();
+    let _ = writeln!(text, "{kept} kept, {} refused.", rows.len() - kept);
     for group in GROUPS {
         let _ = writeln!(text, "\n## {group}\n\n| behaviour | outcome | what the test does |\n|---|---|---|");
         for row in rows.iter().filter(|row| row.group == group) {
@@ -99,19 +91,10 @@ fn table(mut rows: Vec<Row>) -> String {
 }
 
 impl Outcome {
-    fn word(&self) -> &'static str {
-        match self {
-            Outcome::Kept => "kept",
-            Outcome::Refused(_) => "refused",
-            Outcome::Open(_) => "open",
-        }
-    }
-
     fn text(&self) -> String {
         match self {
-            Outcome::Kept => self.word().to_owned(),
+            Outcome::Kept => "kept".to_owned(),
             Outcome::Refused(label) => format!("refused: `{label}`"),
-            Outcome::Open(reason) => format!("**open**: {reason}"),
         }
     }
 }
@@ -129,7 +112,7 @@ mod tests {
     fn rows_stand_in_the_order_of_their_tests() {
         let rows = vec![row("b", 9, Outcome::Kept), row("a", 20, Outcome::Refused("why".into()))];
         let text = table(rows);
-        assert!(text.contains("1 kept, 1 refused, 0 open."), "{text}");
+        assert!(text.contains("1 kept, 1 refused."), "{text}");
         assert!(text.contains("| b | kept | does it |\n| a | refused: `why` | does it |\n"), "{text}");
     }
 }

@@ -9,8 +9,6 @@ use crate::matrix::{Case, Connection, Group, Row, new_port, scene};
 const ADDRESSES: Group = Group("Addresses");
 
 /// Ignored below, with this reason.
-pub const OPEN: &[(Row, &str)] = &[];
-
 const NAMES: &str = "getsockname and getpeername, asked for all the time";
 
 fn with(family: Family) -> Case {

@@ -12,14 +12,3 @@ mod processes;
 mod readiness;
 mod sharing;
 mod state;
-
-use anyhow::Result;
-
-/// Their tests are ignored: the table has them nevertheless.
-#[test]
-fn open_rows_are_told() -> Result<()> {
-    [calls::OPEN, readiness::OPEN, sharing::OPEN, processes::OPEN, state::OPEN, addresses::OPEN]
-        .into_iter()
-        .flatten()
-        .try_for_each(|(row, reason)| row.is_open(reason))
-}

@@ -91,11 +91,6 @@ impl Row {
         self.record(transparency::Outcome::Refused(label.to_owned()))
     }
 
-    /// Not as it should be, or not tested here.
-    pub fn is_open(&self, reason: &str) -> Result<()> {
-        self.record(transparency::Outcome::Open(reason.to_owned()))
-    }
-
     fn record(&self, outcome: transparency::Outcome) -> Result<()> {
         transparency::record(&transparency::Row {
             group: self.group.to_owned(),

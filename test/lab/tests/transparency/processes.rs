@@ -11,8 +11,6 @@ use crate::matrix::{Case, Connection, Group, Row};
 const PROCESSES: Group = Group("Processes");
 
 /// Ignored below, with this reason.
-pub const OPEN: &[(Row, &str)] = &[];
-
 const PINGS: &str = "requests and answers all the time";
 
 /// The behaviour `pings`, through another program that starts it.

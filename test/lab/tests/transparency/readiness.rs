@@ -3,13 +3,11 @@
 
 use anyhow::Result;
 
-use crate::matrix::{Group, Row};
+use crate::matrix::Group;
 
 const READINESS: Group = Group("Readiness");
 
 /// Ignored below, with this reason.
-pub const OPEN: &[(Row, &str)] = &[];
-
 const ONE_EVENT: &str = "no event during the moves; one afterwards, with its data, when bytes come";
 
 #[test]

@@ -12,8 +12,6 @@ use crate::matrix::{Case, Connection, Group, Row};
 const SHARING: Group = Group("Sharing");
 
 /// Ignored below, with this reason.
-pub const OPEN: &[(Row, &str)] = &[];
-
 const IN_A_PIPE: &str = "all but one wait in a read of a pipe; no call ends before its time";
 
 #[test]

@@ -33,10 +33,8 @@ pub const ALL: &[Behaviour] = &[
     Behaviour { name: "sendfile", subject: sendfile_64_megabytes, partner: listens_slowly::<64> },
     Behaviour { name: "splice-out", subject: splice_out, partner: listens_slowly::<32> },
     Behaviour { name: "splice-in", subject: splice_in, partner: speaks },
-    Behaviour { name: "sendmsg", subject: sendmsg_of_parts::<1024>, partner: listens_slowly::<32> },
-    Behaviour { name: "writev", subject: writev_of_parts::<1024>, partner: listens_slowly::<32> },
-    Behaviour { name: "sendmsg-few", subject: sendmsg_of_parts::<48>, partner: listens_slowly::<32> },
-    Behaviour { name: "writev-few", subject: writev_of_parts::<48>, partner: listens_slowly::<32> },
+    Behaviour { name: "sendmsg", subject: sendmsg_of_many_parts, partner: listens_slowly::<32> },
+    Behaviour { name: "writev", subject: writev_of_many_parts, partner: listens_slowly::<32> },
     Behaviour { name: "sendmmsg", subject: sendmmsg_of_large_messages, partner: listens_slowly::<32> },
     Behaviour { name: "io-uring-idle", subject: io_uring_idle, partner: speaks },
     Behaviour { name: "io-uring-recv", subject: io_uring_recv, partner: speaks },
@@ -207,9 +205,9 @@ fn parts_of(bytes: &mut [u8], count: usize) -> Vec<libc::iovec> {
         .collect()
 }
 
-fn sendmsg_of_parts<const PARTS: usize>(fd: OwnedFd) -> Result<Left> {
+fn sendmsg_of_many_parts(fd: OwnedFd) -> Result<Left> {
     let mut bytes = pattern(0, 32 * MEGABYTE);
-    let mut parts = parts_of(&mut bytes, PARTS);
+    let mut parts = parts_of(&mut bytes, libc::UIO_MAXIOV as usize);
     let message = message(&mut parts);
     say("ready");
     // SAFETY: the message points to parts of the bytes; all live through the call.
@@ -218,9 +216,9 @@ fn sendmsg_of_parts<const PARTS: usize>(fd: OwnedFd) -> Result<Left> {
     Ok(Usable(fd))
 }
 
-fn writev_of_parts<const PARTS: usize>(fd: OwnedFd) -> Result<Left> {
+fn writev_of_many_parts(fd: OwnedFd) -> Result<Left> {
     let mut bytes = pattern(0, 32 * MEGABYTE);
-    let parts = parts_of(&mut bytes, PARTS);
+    let parts = parts_of(&mut bytes, libc::UIO_MAXIOV as usize);
     say("ready");
     // SAFETY: the parts point to the bytes, which live through the call.
     let n = sys("writev", unsafe { libc::writev(raw(&fd), parts.as_ptr(), parts.len() as i32) } as i64)?;
