@@ -304,9 +304,6 @@ impl Armed {
     }
 }
 
-/// How long nothing of what is carried may arrive before it is not waited for any more.
-const CARRYING: Duration = Duration::from_millis(5);
-
 /// Wait, while nobody can read, until what the applications had not read is in their new sockets: a program that was told how
 /// much there is must not find less.
 pub fn wait_for_carried<'a>(
@@ -320,15 +317,9 @@ pub fn wait_for_carried<'a>(
             |new| inspector.socket(new).ok().flatten().map_or(u64::MAX, |facts| facts.unread_bytes());
         waiting.iter().map(|(new, unread)| unread.saturating_sub(arrived(*new))).sum()
     };
-    let (mut last, mut since) = (u64::MAX, Instant::now());
-    while Instant::now() < deadline {
-        match missing() {
-            0 => return,
-            now if now < last => (last, since) = (now, Instant::now()),
-            _ if since.elapsed() > CARRYING => return,
-            _ => {}
-        }
-        nap(since);
+    let began = Instant::now();
+    while missing() > 0 && Instant::now() < deadline {
+        nap(began);
     }
 }
 
