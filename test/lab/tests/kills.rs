@@ -4,10 +4,13 @@
 //! LAB_KILLS sets how often each test with kills at random moments kills; the default is short enough for every run.
 //! With LAB_THOROUGH, the tests with chosen points try all kinds of holders at each of them, not one in turn.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
+};
 
-use anyhow::{Context, Result, ensure};
-use lab::{Host, RouterOptions, Scene};
+use anyhow::{Context, Result, anyhow, ensure};
+use lab::{Host, RULE_FOR_ALL_PODS, RouterOptions, Scene};
 
 const KINDS: [&str; 4] = ["", "--io epoll --threads 8", "--fork 2 --dup 1", "--pings"];
 
@@ -41,32 +44,54 @@ fn kills() -> u32 {
     std::env::var("LAB_KILLS").ok().and_then(|kills| kills.parse().ok()).unwrap_or(12)
 }
 
-/// Each time a new stream, which the routers swap as soon as they see it, and a kill at another moment of that.
-fn check(test: &str, kill: impl Fn(&Scene, &Host) -> Result<()>) -> Result<()> {
-    let scene = Scene::with_routers(test)?;
-    let mut swapped = 0;
+/// Each time a new stream, which moves to and fro as fast as it can, and a kill in the middle of that.
+fn check(test: &str, kill: impl Fn(&Scene, &Host, &RouterOptions) -> Result<()>) -> Result<()> {
+    let scene = Scene::without_routers(test)?;
+    // However young.
+    let rules = scene.lab.h1.write_rules("at-once", &format!("{RULE_FOR_ALL_PODS}after=0\n"))?;
+    let options = RouterOptions::with_rules(&rules);
+    scene.lab.start_everything(&options)?;
+    let mut orders = 0;
     for number in 0..kills() {
         let kind = KINDS_THAT_STOP_WELL[number as usize % KINDS_THAT_STOP_WELL.len()];
         let port = 7000 + number as u16;
-        let host = scene.lab.hosts()[number as usize / 2 % 2];
-        let context = || format!("kill {} ({}), {kind}", number + 1, host.name);
-        let mut stream = scene.stream(port, kind)?;
-        std::thread::sleep(Duration::from_micros(u64::from(number * 7919 % 40_000)));
-        kill(&scene, host).with_context(context)?;
+        let hosts = scene.lab.hosts();
+        let (killed, other) = (hosts[number as usize / 2 % 2], hosts[1 - number as usize / 2 % 2]);
+        let context = || format!("kill {} ({}), {kind}", number + 1, killed.name);
+        let mut stream = scene.swapped_stream(port, kind).with_context(context)?;
+        let conn = other.wait_until_on_host(port)?.conn.context("a swapped connection has a name")?;
+        let (router, is_over) = (other.direct(), AtomicBool::new(false));
+        orders += std::thread::scope(|scope| -> Result<u32> {
+            let moves = scope.spawn(|| -> Result<u32> {
+                let mut orders = 0;
+                while !is_over.load(Ordering::Relaxed) {
+                    // Refused is well, too.
+                    router.order(&conn, orders % 2 == 1)?;
+                    orders += 1;
+                    // There may be no router that answers.
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Ok(orders)
+            });
+            std::thread::sleep(Duration::from_micros(u64::from(number * 7919 % 40_000)));
+            let killed = kill(&scene, killed, &options);
+            is_over.store(true, Ordering::Relaxed);
+            let orders = moves.join().map_err(|_| anyhow!("the thread that moves has panicked"))?;
+            killed.and(orders)
+        })
+        .with_context(context)?;
         stream.expect_running().with_context(context)?;
-        // A router that was killed too does not know what the forwarder has forgotten: it is not waited for.
-        swapped += u32::from(scene.lab.h1.flows()?.iter().any(|flow| flow.has_port(port) && flow.on_host()));
         stream.finish().with_context(context)?;
     }
     // And it still works.
     scene.swapped_stream(6999, "--pings")?.finish()?;
-    eprintln!("{} kills survived, {swapped} connections known to be swapped", kills());
+    eprintln!("{} kills survived, amid {orders} orders to move", kills());
     Ok(())
 }
 
 #[test]
 fn forwarders_may_be_killed_while_connections_move() -> Result<()> {
-    check("kill-forwarders", |_, host| {
+    check("kill-forwarders", |_, host, _| {
         host.kill_forwarder()?;
         host.start_forwarder()
     })
@@ -74,20 +99,20 @@ fn forwarders_may_be_killed_while_connections_move() -> Result<()> {
 
 #[test]
 fn routers_may_be_killed_while_connections_move() -> Result<()> {
-    check("kill-routers", |_, host| {
+    check("kill-routers", |_, host, options| {
         host.kill_router()?;
-        host.start_router(&RouterOptions::default())
+        host.start_router(options)
     })
 }
 
 #[test]
 fn everything_may_be_killed_while_connections_move() -> Result<()> {
-    check("kill-everything", |scene, _| {
+    check("kill-everything", |scene, _, options| {
         for host in scene.lab.hosts() {
             host.kill_router()?;
             host.kill_forwarder()?;
         }
-        scene.lab.start_everything(&RouterOptions::default())
+        scene.lab.start_everything(options)
     })
 }
 
