@@ -54,9 +54,25 @@ pub fn draw(report: &Report) -> String {
     if let Some(live) = &report.live {
         y = seconds(&mut svg, y + 14.0, live);
     }
-    svg.text((MARGIN, y + 20.0), SMALL, &table::what_routers_did(report));
-    svg.text((MARGIN, y + 37.0), SMALL, &report.machine.words());
-    svg.finish(WIDTH, y + 52.0)
+    y += 20.0;
+    for line in wrapped(&table::what_routers_did(report)).iter().chain([&report.machine.words()]) {
+        svg.text((MARGIN, y), SMALL, line);
+        y += 17.0;
+    }
+    svg.finish(WIDTH, y)
+}
+
+/// In lines that find room.
+fn wrapped(text: &str) -> Vec<String> {
+    const MOST: usize = 150;
+    let mut lines = vec![String::new()];
+    for word in text.split_inclusive(' ') {
+        match lines.last_mut() {
+            Some(line) if line.len() + word.len() <= MOST => line.push_str(word),
+            _ => lines.push(word.to_owned()),
+        }
+    }
+    lines
 }
 
 fn legend(svg: &mut Svg, y: f64, ways: &[Way]) {

@@ -119,7 +119,7 @@ fn pauses_ms(run: &Run<'_>, port: u16, kind: &Kind) -> Result<Vec<f64>> {
 }
 
 /// redis holds them open for redis-benchmark, which says nothing on them. How many move together is up to the forwarder:
-/// the largest batch of each start counts.
+/// the largest batch of each start counts, if it is half of them.
 fn batches(run: &Run<'_>, case: &str, connections: usize) -> Result<Vec<Figure>> {
     let (setting, host) = (run.setting, &run.setting.lab.h1);
     let _redis = run.serve(&redis(run.address), REDIS_PORT)?;
@@ -133,8 +133,8 @@ fn batches(run: &Run<'_>, case: &str, connections: usize) -> Result<Vec<Figure>>
         let flows = host.flows()?;
         let largest = flows.iter().filter(|flow| flow.on_host()).max_by_key(|flow| flow.together);
         if let Some((together, pause_us)) = largest.and_then(|flow| Some((flow.together?, flow.pause_us?))) {
-            // One that is nearly as large tells as much, in proportion.
-            if 10 * together as usize >= 9 * connections {
+            // One of half the size tells more than enough, in proportion: a part of each pause is the same for all.
+            if 2 * together as usize >= connections {
                 pauses_ms.push(pause_us as f64 / 1000.0 * connections as f64 / f64::from(together));
             }
         }
