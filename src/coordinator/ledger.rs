@@ -49,7 +49,7 @@ const ORDER_RETRY: Duration = Duration::from_millis(100);
 const ASK_AGAIN: Duration = Duration::from_millis(500);
 /// The most attempts that this router leads at once: each needs connections of its own, until it is over. Enough for the
 /// forwarder to move many together.
-const MAX_ATTEMPTS: usize = 512;
+const MAX_ATTEMPTS: usize = 1024;
 /// The most connections that are kept. More are left alone, counted.
 const MAX_FLOWS: usize = 1 << 16;
 
