@@ -97,8 +97,8 @@ impl Argument {
     }
 }
 
-/// Was the thread stopped again right after the kernel had gone back to its call (see [`after_restart`]), and before it
-/// has made it? What looks like the result is the call's number then. `next`: the bytes at its instruction pointer.
+/// Was the thread stopped again right after the kernel had gone back to its call (see [`super::after_restart`]), and
+/// before it has made it? What looks like the result is the call's number then. `next`: the bytes at its instruction pointer.
 pub fn is_rewound(regs: &Regs, next: impl FnOnce(u64) -> Option<[u8; 2]>) -> bool {
     const SYSCALL: [u8; 2] = [0x0f, 0x05];
     in_syscall(regs) && regs.rax == regs.orig_rax && next(regs.rip) == Some(SYSCALL)
@@ -209,7 +209,7 @@ pub(super) const STEP_WHOLE: usize = 8;
 pub(super) const STEP_NUMBER: usize = 16;
 const RED_ZONE: u64 = 128;
 
-/// Words of a `struct iovec`, a `struct msghdr` and a `struct mmsghdr`; and where in the latter its length is.
+/// Words of a `struct iovec`, of a `struct msghdr`, and of a `struct mmsghdr`: the same one and then a length.
 const PIECE_WORDS: usize = 2;
 const HEADER_WORDS: usize = 7;
 const MESSAGE_WORDS: usize = 8;
