@@ -10,6 +10,7 @@ use crate::{
     peers::{Interfaces, PeerError},
     rules::{RuleError, RuleSet},
     settings::Settings,
+    trust::Tls,
 };
 
 const BTF: &str = "/sys/kernel/btf/vmlinux";
@@ -36,6 +37,7 @@ pub struct Facts {
     pub pins: PathBuf,
     pub pins_on_bpffs: bool,
     pub rules: Result<usize, String>,
+    pub tls: Tls,
     pub forwarder: PathBuf,
     pub forwarder_answers: bool,
 }
@@ -68,6 +70,7 @@ pub async fn probe(settings: &Settings) -> Facts {
         Ok(()) => interfaces(settings).await.map_err(|error| error.to_string()),
         Err(error) => Err(error.to_string()),
     };
+    let host_address = interfaces.as_ref().ok().map(|found| found.host_address);
     let kind_of = |path: &Path| nix::sys::statfs::statfs(path).map(|statfs| statfs.filesystem_type()).ok();
     let holds_us =
         |scope: &PathBuf| std::fs::canonicalize(scope).is_ok_and(|scope| own_cgroup().starts_with(scope));
@@ -76,7 +79,9 @@ pub async fn probe(settings: &Settings) -> Facts {
         kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned(),
         has_btf: Path::new(BTF).exists(),
         missing_capabilities,
-        interfaces,
+        interfaces: interfaces.map(|found| {
+            format!("{} and {} ({})", settings.overlay_if, settings.host_if, found.host_address)
+        }),
         scope_is_cgroup2: scope
             .as_deref()
             .is_ok_and(|scope| kind_of(scope) == Some(nix::sys::statfs::CGROUP2_SUPER_MAGIC)),
@@ -87,15 +92,14 @@ pub async fn probe(settings: &Settings) -> Facts {
         rules: RuleSet::load(&settings.rules)
             .map(|rules| rules.len())
             .map_err(|error: RuleError| error.to_string()),
+        tls: Tls::look(&settings.trust, host_address),
         forwarder: settings.forwarder.clone(),
         forwarder_answers: std::os::unix::net::UnixStream::connect(&settings.forwarder).is_ok(),
     }
 }
 
-async fn interfaces(settings: &Settings) -> Result<String, PeerError> {
-    let netlink = crate::peers::netlink()?;
-    let found = Interfaces::find(&netlink, &settings.overlay_if, &settings.host_if).await?;
-    Ok(format!("{} and {} ({})", settings.overlay_if, settings.host_if, found.host_address))
+async fn interfaces(settings: &Settings) -> Result<Interfaces, PeerError> {
+    Interfaces::find(&crate::peers::netlink()?, &settings.overlay_if, &settings.host_if).await
 }
 
 /// The directory of this process's cgroup, where the hierarchy is mounted here.
@@ -167,6 +171,15 @@ pub fn judge(facts: &Facts) -> Vec<Line> {
         ),
         line("rules", of(&facts.rules.as_ref().map(|count| format!("{count}")).map_err(Clone::clone))),
         line(
+            "tls",
+            match &facts.tls {
+                Tls::Insecure => Finding::Waits("INSECURE: --insecure believes whoever connects".into()),
+                Tls::Unusable(error) => Finding::Missing(error.clone()),
+                Tls::Worrying(concern) => Finding::Waits(format!("this node's certificate {concern}")),
+                Tls::Good(certificate) => Finding::Ok(certificate.clone()),
+            },
+        ),
+        line(
             "forwarder",
             if facts.forwarder_answers {
                 Finding::Ok(facts.forwarder.display().to_string())
@@ -215,6 +228,7 @@ mod tests {
             pins: "/sys/fs/bpf/ebpf-router".into(),
             pins_on_bpffs: true,
             rules: Ok(2),
+            tls: Tls::Good("192.0.2.1 until 2030-01-01T00:00:00Z".into()),
             forwarder: "/run/ebpf-router/forwarder.sock".into(),
             forwarder_answers: true,
         }
@@ -241,6 +255,7 @@ mod tests {
         check(|facts| facts.scope_holds_us = false, "does not hold the router");
         check(|facts| facts.pins_on_bpffs = false, "mount -t bpf");
         check(|facts| facts.rules = Err("rules:3: rule r".into()), "rules:3");
+        check(|facts| facts.tls = Tls::Unusable("tls.crt: cannot be read".into()), "tls.crt");
     }
 
     #[test]

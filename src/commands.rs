@@ -97,6 +97,15 @@ fn status_text(status: &Status) -> String {
     for (reason, count) in &status.refused {
         line("refused", format!("{count} {reason}"));
     }
+    if status.turned_away > 0 {
+        line("turned away", format!("{} who connected as a peer, see the log", status.turned_away));
+    }
+    if status.false_claims > 0 {
+        line(
+            "not believed",
+            format!("{} messages of peers about connections of others, see the log", status.false_claims),
+        );
+    }
     if status.drops > 0 {
         line("not seen", format!("{} connections, for want of room", status.drops));
     }

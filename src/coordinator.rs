@@ -19,13 +19,17 @@ mod ledger;
 mod lookup;
 mod negotiation;
 mod session;
-mod wire;
+pub mod wire;
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     io,
     net::Ipv4Addr,
     os::fd::OwnedFd,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 
@@ -55,6 +59,7 @@ use crate::{
     settings::Settings,
     stall::{HostSocket, Watch},
     trace::{Scope, TraceEvent, Tracer},
+    trust::Trust,
 };
 
 /// Between two looks at rules that may have changed, and at connections that may be over.
@@ -92,6 +97,9 @@ pub struct Status {
     pub swaps: u64,
     pub swap_backs: u64,
     pub refused: BTreeMap<String, u64>,
+    /// Who connected to ROUTER_PORT and was not let in, and what peers said about connections that they do not hold.
+    pub turned_away: u64,
+    pub false_claims: u64,
     /// Connections that were not seen, because a buffer was full.
     pub drops: u64,
     /// Peer routers, and whether they are reached.
@@ -108,6 +116,7 @@ pub struct Parts {
     pub scope: Scope,
     pub tracer: Tracer,
     pub watch: Watch,
+    pub trust: Trust,
 }
 
 /// What the coordinator hears, besides what it opens itself.
@@ -128,6 +137,7 @@ struct Coordinator {
     lines: HashMap<ConnId, Lines>,
     scans: Scans,
     waiting: HashMap<Tuple, Vec<oneshot::Sender<Result<u64, Refusal>>>>,
+    turned_away: Arc<AtomicU64>,
     to_sessions: mpsc::Sender<SessionEvent>,
     to_made: mpsc::Sender<Made>,
 }
@@ -172,13 +182,15 @@ pub async fn run(parts: Parts, mut inlets: Inlets) -> anyhow::Result<()> {
         lines: HashMap::new(),
         scans: Scans::default(),
         waiting: HashMap::new(),
+        turned_away: Arc::default(),
         to_sessions: to_sessions.clone(),
         to_made,
         parts,
     };
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let expected = coordinator.host_path.expected.clone();
-    let doors = session::Doors { events: to_sessions, expected, arrived: to_arrived };
+    let (trust, turned_away) = (coordinator.parts.trust.clone(), Arc::clone(&coordinator.turned_away));
+    let doors = session::Doors { events: to_sessions, expected, arrived: to_arrived, trust, turned_away };
     tokio::spawn(session::hear(inlets.peers, doors));
     tokio::spawn(crate::forwarder::reach(coordinator.parts.settings.forwarder.clone(), to_forwarder));
     let (mut rules, mut scan, mut watch) = (interval(RULES), interval(SCAN), interval(WATCH));
@@ -284,7 +296,7 @@ impl Coordinator {
                 self.sessions.remove(&peer);
                 Event::PeerDown(peer)
             }
-            SessionEvent::Heard(peer, message) => Event::Peer(peer, message),
+            SessionEvent::Heard(node, message) => Event::Peer(node, message),
         };
         self.handle(event).await;
     }
@@ -345,6 +357,8 @@ impl Coordinator {
             swaps: counts.swaps,
             swap_backs: counts.swap_backs,
             refused: counts.refused.iter().map(|(label, count)| ((*label).to_owned(), *count)).collect(),
+            turned_away: self.turned_away.load(Relaxed),
+            false_claims: counts.false_claims,
             drops: self.parts.tracer.drops() + counts.overflow,
             peers: self.ledger.peers().clone(),
         }

@@ -36,7 +36,7 @@ pub type PeerAddress = IpAddr;
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct StaticPeers {
+pub(crate) struct StaticPeers {
     peers: Vec<StaticPeer>,
 }
 

@@ -9,8 +9,8 @@
 //! Pure but for [`RuleSet::load`].
 
 mod after;
-mod parse;
-mod source;
+pub(crate) mod parse;
+pub(crate) mod source;
 #[cfg(test)]
 mod tests;
 

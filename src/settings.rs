@@ -7,6 +7,8 @@ use clap::{Args, Parser, Subcommand};
 use forwarder_api::ConnId;
 use log::LevelFilter;
 
+use crate::trust::{TrustSettings, pki::PkiCommand};
+
 /// Moves live TCP connections of containers off the overlay network and onto the hosts' own network.
 #[derive(Parser)]
 #[command(version, args_conflicts_with_subcommands = true)]
@@ -45,6 +47,9 @@ pub enum Command {
     },
     /// Does this host have what the router needs? Each line says ok, or what to do.
     Check(Settings),
+    /// Make certificates with which routers know each other.
+    #[command(subcommand)]
+    Pki(PkiCommand),
     /// Print the connections that containers make and accept, until interrupted. Nothing is swapped.
     Trace(Settings),
 }
@@ -129,6 +134,9 @@ pub struct Settings {
     #[arg(long, env = "FREEZE_BUDGET_MS", default_value_t = 100, value_name = "MS",
           value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub freeze_budget_ms: u32,
+
+    #[command(flatten)]
+    pub trust: TrustSettings,
 }
 
 /// A connection's name on the command line.

@@ -2,16 +2,21 @@
 # SPDX-License-Identifier: Apache-2.0
 # All tests. `test/run.sh swap` runs only the test files of these names. `--kernel` adds a part of them under a second
 # kernel, emulated; `--programs` adds those with redis, PostgreSQL and others, which take long and install servers.
+# `--fuzz MINUTES` runs the fuzz targets only, one after the other, for so long in all.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ((EUID == 0)) || { echo "error: namespaces, BPF and ptrace need root: run $0 as root" >&2; exit 1; }
 
 kernel=no programs=no words=() failed=()
+if [[ ${1:-} == --fuzz ]]; then
+    [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || { echo "error: --fuzz ${2:-}: expected minutes, as in --fuzz 60" >&2; exit 1; }
+    exec test/fuzz.sh "$2"
+fi
 for argument in "$@"; do
     case $argument in
         --kernel) kernel=yes ;;
         --programs) programs=yes ;;
-        -*) echo "error: $argument: expected --kernel, --programs, or names of test files" >&2 && exit 1 ;;
+        -*) echo "error: $argument: expected --kernel, --programs, --fuzz MINUTES, or names of test files" >&2 && exit 1 ;;
         *) words+=("$argument") ;;
     esac
 done

@@ -27,9 +27,11 @@ mod table;
 mod transaction;
 mod turns;
 
+pub use session::is_letter;
+
 use std::{
     io::Write,
-    os::unix::{fs::PermissionsExt, net::UnixListener},
+    os::unix::net::UnixListener,
     path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
@@ -38,7 +40,10 @@ use std::{
 use anyhow::{Context, Result, bail};
 use caps::{CapSet, Capability};
 use clap::Parser;
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::{
+    signal::{SigSet, Signal},
+    stat::{Mode, umask},
+};
 
 /// To make sockets as carried over, to stop and change processes, to reach into their namespaces, and to look at sockets.
 const CAPABILITIES: [Capability; 4] =
@@ -163,7 +168,9 @@ fn listen(path: &Path) -> Result<UnixListener> {
             return Err(error).with_context(|| format!("removing the old socket {}", path.display()));
         }
     }
-    let listener = UnixListener::bind(path).with_context(|| format!("listening on {}", path.display()))?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    Ok(listener)
+    // From its first moment: for its own user, whatever the caller's umask is.
+    let before = umask(Mode::from_bits_truncate(0o177));
+    let listener = UnixListener::bind(path);
+    umask(before);
+    listener.with_context(|| format!("listening on {}", path.display()))
 }

@@ -122,6 +122,18 @@ struct Letter {
     word: Word,
 }
 
+impl Letter {
+    /// As it comes: framed like everything else, four bytes of length first.
+    fn parse(message: &[u8]) -> Option<Letter> {
+        message.get(4..).and_then(|body| Frame::decode(body).ok())
+    }
+}
+
+/// For the fuzz targets (`test/fuzz`): is this what another forwarder may say?
+pub fn is_letter(message: &[u8]) -> bool {
+    Letter::parse(message).is_some()
+}
+
 #[derive(Serialize, Deserialize)]
 enum Word {
     /// These go together, in this order.

@@ -68,7 +68,7 @@ impl Coordinator {
             Action::Tell(peer, message) => self.tell(peer, message),
             Action::Reach(peer) => {
                 let to = SocketAddr::new(peer, self.parts.settings.router_port);
-                tokio::spawn(session::reach(to, self.to_sessions.clone()));
+                tokio::spawn(session::reach(to, self.parts.trust.clone(), self.to_sessions.clone()));
             }
             Action::Answer(tuple, result) => {
                 for waiting in self.waiting.remove(&tuple).unwrap_or_default() {
@@ -77,6 +77,11 @@ impl Coordinator {
             }
             Action::ReportStall { conn, tuple, unacknowledged_bytes } => log::warn!(
                 "{conn} {} - {}: the host network stopped carrying it, {unacknowledged_bytes} bytes unacknowledged; it goes back to the overlay",
+                tuple.local,
+                tuple.remote
+            ),
+            Action::ReportFalseClaim { node, tuple, home } => log::warn!(
+                "peer {node} speaks about {} - {}, whose other end is {home}: not believed",
                 tuple.local,
                 tuple.remote
             ),

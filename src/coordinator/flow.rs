@@ -26,6 +26,16 @@ pub enum Home {
     Nowhere(Refusal),
 }
 
+impl std::fmt::Display for Home {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Home::Peer(peer) => write!(f, "at {peer}"),
+            Home::SameHost => f.write_str("on this host"),
+            Home::Nowhere(reason) => write!(f, "not known ({reason})"),
+        }
+    }
+}
+
 /// Which network the connection is on.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Path {

@@ -30,7 +30,7 @@ use super::{
     negotiation::{Input, Negotiation, Next, Output, Part},
     wire::{Attempted, Cause, Message, Rendezvous, Tuple},
 };
-use crate::{identity::Names, peers::PeerAddress, trace::Side, workload::Workload};
+use crate::{identity::Names, peers::PeerAddress, trace::Side, trust::Node, workload::Workload};
 
 /// How long the other end may take to be known before that is a reason.
 const GRACE: Duration = Duration::from_secs(1);
@@ -47,6 +47,8 @@ const LAST_RETRY: Duration = Duration::from_secs(5);
 const ORDER_RETRY: Duration = Duration::from_millis(100);
 /// Between two times that a follower asks its decider.
 const ASK_AGAIN: Duration = Duration::from_millis(500);
+/// Between two lines about false claims of one peer.
+const ACCUSATION: Duration = Duration::from_secs(60);
 /// The most attempts that this router leads at once: each needs connections of its own, until it is over. Enough for the
 /// forwarder to move many together.
 const MAX_ATTEMPTS: usize = 1024;
@@ -117,7 +119,7 @@ pub enum Event {
     Path(ConnId, bool),
     PeerUp(PeerAddress),
     PeerDown(PeerAddress),
-    Peer(PeerAddress, Message),
+    Peer(Node, Message),
     /// Our rules have changed: what they say now.
     Verdict(Tuple, Option<Refusal>),
     /// A person wants it moved.
@@ -175,7 +177,12 @@ pub enum Action {
     Reach(PeerAddress),
     /// An order is done, or cannot be.
     Answer(Tuple, Result<u64, Refusal>),
-    /// For the log.
+    /// For the log. `node` spoke about a connection whose other end is at `home`.
+    ReportFalseClaim {
+        node: PeerAddress,
+        tuple: Tuple,
+        home: Home,
+    },
     ReportStall {
         conn: ConnId,
         tuple: Tuple,
@@ -195,6 +202,8 @@ pub struct Counts {
     pub swaps: u64,
     pub swap_backs: u64,
     pub refused: BTreeMap<&'static str, u64>,
+    /// What peers said about connections that they do not hold.
+    pub false_claims: u64,
     /// Connections that were too many to be kept.
     pub overflow: u64,
 }
@@ -206,6 +215,8 @@ pub struct Ledger {
     alarms: BTreeSet<(Instant, Tuple)>,
     /// Peers that are to be reached, and whether they are.
     peers: BTreeMap<PeerAddress, bool>,
+    /// When a false claim of each was last logged.
+    accused: BTreeMap<PeerAddress, Instant>,
     forwarder_is_up: bool,
     stopping: Option<Stopping>,
     /// Attempts under way that we lead, and who waits for one of them to end.
@@ -231,6 +242,7 @@ impl Ledger {
             conns: HashMap::new(),
             alarms: BTreeSet::new(),
             peers: BTreeMap::new(),
+            accused: BTreeMap::new(),
             forwarder_is_up: false,
             stopping: None,
             attempts: 0,
@@ -265,7 +277,7 @@ impl Ledger {
             Event::Path(conn, false) => self.step_conn(conn, Input::PathFailed),
             Event::PeerUp(peer) => self.peer_up(peer),
             Event::PeerDown(peer) => self.peer_down(peer),
-            Event::Peer(peer, message) => self.peer_said(peer, message),
+            Event::Peer(node, message) => self.peer_said(&node, message),
             Event::Verdict(tuple, declined) => self.verdict(tuple, declined),
             Event::Order(tuple, direction) => self.order(tuple, direction, Cause::Order, ORDER),
             Event::Stop { leave } => self.stop(leave),

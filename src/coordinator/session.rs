@@ -2,11 +2,16 @@
 //! Connections between routers. Each router speaks on the connection that it made and listens on those made to it, so
 //! that there is no question of whose connection counts.
 
+mod channel;
+
 use std::{
     io,
     net::{IpAddr, Ipv6Addr, SocketAddr},
     os::fd::OwnedFd,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -15,9 +20,9 @@ use nix::sys::socket::{
     sockopt::{KeepAlive, TcpKeepCount, TcpKeepIdle, TcpKeepInterval, TcpUserTimeout},
 };
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncReadExt, AsyncWriteExt, split},
     net::{TcpListener, TcpSocket, TcpStream},
-    sync::{Semaphore, mpsc},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
     time::timeout,
 };
 
@@ -25,10 +30,18 @@ use super::{
     host_path::{Arrived, Expected, Line, into_fd},
     wire::{self, Message, Purpose, TOKEN, Token, WireError},
 };
-use crate::peers::PeerAddress;
+use crate::{
+    peers::PeerAddress,
+    trust::{Node, Trust},
+};
+use channel::{Channel, ChannelError};
 
 /// For the preamble, and for connecting.
 const GREETING: Duration = Duration::from_secs(2);
+/// For a TLS handshake that has its turn, and for that turn to come.
+const HANDSHAKE: Duration = Duration::from_secs(5);
+/// The most handshakes under way at once with those who connect: each costs time that moves are waiting for.
+const MAX_HANDSHAKES: usize = 16;
 /// For the rest of a frame that has begun.
 const FRAME: Duration = Duration::from_secs(10);
 /// A peer that acknowledges nothing for so long is gone.
@@ -36,7 +49,8 @@ const SILENCE_S: u32 = 5;
 /// Between two tries to reach a peer.
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(2);
-/// Connections made to us. More are dropped.
+/// Connections made to us that are not known yet, and those of peers. More are dropped.
+const MAX_STRANGERS: usize = 1024;
 const MAX_SESSIONS: usize = 1024;
 /// Messages on their way to a peer. A peer that takes no more is lost, so that nothing is dropped from between.
 const QUEUE: usize = 1 << 18;
@@ -46,7 +60,7 @@ pub enum SessionEvent {
     /// We may speak to this peer.
     Up(PeerAddress, mpsc::Sender<Message>),
     Down(PeerAddress),
-    Heard(PeerAddress, Message),
+    Heard(Node, Message),
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +69,12 @@ enum SessionError {
     Io(#[from] io::Error),
     #[error("{0}")]
     Wire(#[from] WireError),
+    #[error("{0}")]
+    Channel(#[from] ChannelError),
+    #[error("there are {MAX_SESSIONS} already")]
+    TooMany,
+    #[error("other authorities are in force (ca.crt): it is to show its certificate again")]
+    OtherAuthorities,
     #[error("it sent no more for {} s in the middle of {what}", limit.as_secs())]
     Stalled { what: &'static str, limit: Duration },
     #[error("it spoke on the connection that we made")]
@@ -78,11 +98,26 @@ pub struct Doors {
     pub events: mpsc::Sender<SessionEvent>,
     pub expected: Expected,
     pub arrived: mpsc::Sender<Arrived>,
+    pub trust: Trust,
+    /// Those who were not let in, since the router started.
+    pub turned_away: Arc<AtomicU64>,
+}
+
+/// How many are at a door.
+#[derive(Clone)]
+struct Places {
+    strangers: Arc<Semaphore>,
+    handshakes: Arc<Semaphore>,
+    sessions: Arc<Semaphore>,
 }
 
 /// Hear everybody who connects, for ever.
 pub async fn hear(listener: TcpListener, doors: Doors) {
-    let sessions = Arc::new(Semaphore::new(MAX_SESSIONS));
+    let places = Places {
+        strangers: Arc::new(Semaphore::new(MAX_STRANGERS)),
+        handshakes: Arc::new(Semaphore::new(MAX_HANDSHAKES)),
+        sessions: Arc::new(Semaphore::new(MAX_SESSIONS)),
+    };
     loop {
         let (stream, from) = match listener.accept().await {
             Ok(accepted) => accepted,
@@ -93,36 +128,58 @@ pub async fn hear(listener: TcpListener, doors: Doors) {
             }
         };
         let from = SocketAddr::new(from.ip().to_canonical(), from.port());
-        let Ok(permit) = Arc::clone(&sessions).try_acquire_owned() else {
-            log::warn!("peer {from} dropped: there are {MAX_SESSIONS} already");
+        let Ok(stranger) = Arc::clone(&places.strangers).try_acquire_owned() else {
+            log::warn!(
+                "peer {from} dropped: there are {MAX_STRANGERS} before it that have not said who they are"
+            );
             continue;
         };
-        let doors = doors.clone();
+        let (doors, places) = (doors.clone(), places.clone());
         tokio::spawn(async move {
-            match hear_one(stream, from.ip(), &doors).await {
+            let welcomed = timeout(GREETING + HANDSHAKE, welcome(stream, from.ip(), &doors, &places)).await;
+            drop(stranger);
+            let stalled = Err(SessionError::Stalled { what: "a TLS handshake", limit: GREETING + HANDSHAKE });
+            let ended = match welcomed.unwrap_or(stalled) {
+                Ok(None) => return,
+                Ok(Some((channel, node, _session))) => hear_messages(channel, node, &doors).await,
+                Err(error) => {
+                    doors.turned_away.fetch_add(1, Relaxed);
+                    Err(error)
+                }
+            };
+            match ended {
                 Ok(()) => log::debug!("peer {from} is gone"),
                 Err(error) => log::warn!("peer {from} dropped: {error}"),
             }
-            drop(permit);
         });
     }
 }
 
-async fn hear_one(mut stream: TcpStream, from: IpAddr, doors: &Doors) -> Result<(), SessionError> {
+/// A peer that is known now; `None`: it was a witness.
+async fn welcome(
+    mut stream: TcpStream,
+    from: IpAddr,
+    doors: &Doors,
+    places: &Places,
+) -> Result<Option<(Channel, Node, OwnedSemaphorePermit)>, SessionError> {
     let mut preamble = [0; wire::PREAMBLE];
     match timeout(GREETING, stream.read_exact(&mut preamble)).await {
         Ok(read) => drop(read?),
         Err(_) => return Err(SessionError::Stalled { what: "its greeting", limit: GREETING }),
     }
-    // One that speaks another version shall know ours; but nothing is written on a witness.
-    let purpose = wire::check_preamble(preamble);
-    if !matches!(purpose, Ok(Purpose::Witness)) {
-        stream.write_all(&wire::preamble(Purpose::Control)).await?;
+    let wanted = wire::check_preamble(preamble);
+    if matches!(wanted, Ok(Purpose::Witness)) {
+        return take_witness(stream, doors).await.map(|()| None);
     }
-    match purpose? {
-        Purpose::Witness => take_witness(stream, doors).await,
-        Purpose::Control => hear_messages(stream, from, &doors.events).await,
-    }
+    // One that speaks another version, or not as we do, shall know.
+    let own = channel::purpose(&doors.trust);
+    stream.write_all(&wire::preamble(own)).await?;
+    wire::agree(own, wanted?)?;
+    notice_silence(&stream)?;
+    let _turn = places.handshakes.acquire().await;
+    let (channel, node) = channel::accept(stream, from, &doors.trust).await?;
+    let session = Arc::clone(&places.sessions).try_acquire_owned().map_err(|_| SessionError::TooMany)?;
+    Ok(Some((channel, node, session)))
 }
 
 async fn take_witness(mut stream: TcpStream, doors: &Doors) -> Result<(), SessionError> {
@@ -136,15 +193,15 @@ async fn take_witness(mut stream: TcpStream, doors: &Doors) -> Result<(), Sessio
     Ok(())
 }
 
-async fn hear_messages(
-    mut stream: TcpStream,
-    from: IpAddr,
-    events: &mpsc::Sender<SessionEvent>,
-) -> Result<(), SessionError> {
-    notice_silence(&stream)?;
+async fn hear_messages(mut stream: Channel, node: Node, doors: &Doors) -> Result<(), SessionError> {
+    let mut trust = doors.trust.clone();
     loop {
         let mut head = [0; 4];
-        match stream.read_exact(&mut head[..1]).await {
+        let begun = tokio::select! {
+            begun = stream.read_exact(&mut head[..1]) => begun,
+            () = trust.other_authorities() => return Err(SessionError::OtherAuthorities),
+        };
+        match begun {
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
             Err(error) => return Err(error.into()),
@@ -161,19 +218,19 @@ async fn hear_messages(
             Ok::<_, SessionError>(wire::decode(&body)?)
         });
         let message = rest.await.map_err(|_| SessionError::Stalled { what: "a frame", limit: FRAME })??;
-        if events.send(SessionEvent::Heard(from, message)).await.is_err() {
+        if doors.events.send(SessionEvent::Heard(node.clone(), message)).await.is_err() {
             return Ok(());
         }
     }
 }
 
 /// Keep in touch with the router at `to`, for ever.
-pub async fn reach(to: SocketAddr, events: mpsc::Sender<SessionEvent>) {
+pub async fn reach(to: SocketAddr, trust: Trust, events: mpsc::Sender<SessionEvent>) {
     let peer = to.ip();
     let mut retry = FIRST_RETRY;
     let mut complained = false;
     loop {
-        match connect(to).await {
+        match connect(to, &trust).await {
             Ok(stream) => {
                 let (sender, receiver) = mpsc::channel(QUEUE);
                 if events.send(SessionEvent::Up(peer, sender)).await.is_err() {
@@ -181,7 +238,7 @@ pub async fn reach(to: SocketAddr, events: mpsc::Sender<SessionEvent>) {
                 }
                 log::info!("peer {to} is reached");
                 (retry, complained) = (FIRST_RETRY, false);
-                match speak(stream, receiver).await {
+                match speak(stream, receiver, trust.clone()).await {
                     Ok(()) => log::info!("peer {to} is gone"),
                     Err(error) => log::info!("peer {to} is lost: {error}"),
                 }
@@ -200,18 +257,16 @@ pub async fn reach(to: SocketAddr, events: mpsc::Sender<SessionEvent>) {
     }
 }
 
-async fn connect(to: SocketAddr) -> Result<TcpStream, SessionError> {
-    let greeting = timeout(GREETING, async {
-        let mut stream = TcpStream::connect(to).await?;
-        stream.set_nodelay(true)?;
-        notice_silence(&stream)?;
-        stream.write_all(&wire::preamble(Purpose::Control)).await?;
-        let mut preamble = [0; wire::PREAMBLE];
-        stream.read_exact(&mut preamble).await?;
-        wire::check_preamble(preamble)?;
-        Ok(stream)
-    });
-    greeting.await.map_err(|_| SessionError::Stalled { what: "its greeting", limit: GREETING })?
+async fn connect(to: SocketAddr, trust: &Trust) -> Result<Channel, SessionError> {
+    let connecting = timeout(GREETING, TcpStream::connect(to)).await;
+    let stream =
+        connecting.map_err(|_| SessionError::Stalled { what: "its greeting", limit: GREETING })??;
+    stream.set_nodelay(true)?;
+    notice_silence(&stream)?;
+    // At the other end it may have to wait for its turn.
+    let limit = GREETING + HANDSHAKE;
+    let known = timeout(limit, channel::connect(stream, to.ip(), trust)).await;
+    Ok(known.map_err(|_| SessionError::Stalled { what: "its greeting", limit })??)
 }
 
 /// Make the witness of a transaction with the router at `to`.
@@ -226,19 +281,33 @@ pub async fn open_witness(to: SocketAddr, token: Token) -> io::Result<OwnedFd> {
 }
 
 /// Until the connection or the queue ends.
-async fn speak(stream: TcpStream, mut queue: mpsc::Receiver<Message>) -> Result<(), SessionError> {
-    let (mut reader, mut writer) = stream.into_split();
+async fn speak(
+    stream: Channel,
+    mut queue: mpsc::Receiver<Message>,
+    mut trust: Trust,
+) -> Result<(), SessionError> {
+    let (mut reader, mut writer) = split(stream);
     let mut said = [0; 1];
     loop {
         tokio::select! {
             message = queue.recv() => match message {
-                Some(message) => writer.write_all(&wire::encode(&message)?).await?,
-                None => return Ok(()),
+                Some(message) => {
+                    writer.write_all(&wire::encode(&message)?).await?;
+                    writer.flush().await?;
+                }
+                None => {
+                    // All that was said arrives.
+                    let _ = writer.shutdown().await;
+                    return Ok(());
+                }
             },
-            read = reader.read(&mut said) => match read? {
-                0 => return Ok(()),
-                _ => return Err(SessionError::Spoke),
+            read = reader.read(&mut said) => match read {
+                Ok(0) => return Ok(()),
+                Ok(_) => return Err(SessionError::Spoke),
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
+                Err(error) => return Err(error.into()),
             },
+            () = trust.other_authorities() => return Err(SessionError::OtherAuthorities),
         }
     }
 }

@@ -2,8 +2,8 @@
 //! What routers say to each other: a preamble with the version, then frames of bounded length.
 //!
 //! Each router speaks on the connection that it made, and listens on those made to it. The preamble is eight bytes
-//! each way, so that both know the other's version before a frame is read. A frame is a little-endian `u32` length
-//! and that many bytes of postcard. Pure: no I/O.
+//! each way, so that both know the other's version before TLS begins, or a frame is read. A frame is a little-endian `u32`
+//! length and that many bytes of postcard. Pure: no I/O.
 
 use std::net::SocketAddr;
 
@@ -11,7 +11,7 @@ use forwarder_api::{ConnId, Direction, Holder, MAX_UNREAD_BYTES, Refusal};
 use serde::{Deserialize, Serialize};
 
 /// Bumped with every change of [`Message`], and of what the forwarders say through it.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 pub const PREAMBLE: usize = 8;
 /// The longest frame body, in bytes: a relayed message with all the unread bytes allowed, and room for its head.
 pub const MAX_FRAME: usize = MAX_UNREAD_BYTES + (1 << 20);
@@ -22,10 +22,12 @@ const MAGIC: [u8; 4] = *b"eBPr";
 /// What a connection to ROUTER_PORT is for. The fifth and sixth byte of a preamble are the version, the seventh is this.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
-    /// Messages follow.
-    Control = 0,
+    /// Messages follow, of whoever it is.
+    Plain = 0,
     /// A token follows, and then whatever the forwarders use a witness for.
     Witness = 1,
+    /// TLS follows, and in it messages.
+    Secure = 2,
 }
 
 /// Opens one connection, once.
@@ -145,8 +147,12 @@ pub enum WireError {
         "it speaks version {received} of the routers' protocol, version {VERSION} expected: run the same release on all hosts"
     )]
     Version { received: u16 },
-    #[error("it came for purpose {received}, 0 (control) or 1 (witness) expected")]
+    #[error("it came for purpose {received}, 0 (plain), 1 (witness) or 2 (TLS) expected")]
     Purpose { received: u8 },
+    #[error("it speaks plain TCP, TLS expected: start it without --insecure, with certificates (ROUTER_TLS)")]
+    Plain,
+    #[error("it speaks TLS, and this router was started with --insecure: start both alike")]
+    Secure,
     #[error("it sent a frame of {length} bytes, at most {MAX_FRAME} expected")]
     TooLong { length: usize },
     #[error("it sent a frame of {length} bytes that cannot be decoded: {source}")]
@@ -168,10 +174,21 @@ pub fn check_preamble(bytes: [u8; PREAMBLE]) -> Result<Purpose, WireError> {
         return Err(WireError::NoRouter { received: [a, b, c, d] });
     }
     match (u16::from_le_bytes([low, high]), purpose) {
-        (VERSION, 0) => Ok(Purpose::Control),
+        (VERSION, 0) => Ok(Purpose::Plain),
         (VERSION, 1) => Ok(Purpose::Witness),
+        (VERSION, 2) => Ok(Purpose::Secure),
         (VERSION, received) => Err(WireError::Purpose { received }),
         (received, _) => Err(WireError::Version { received }),
+    }
+}
+
+/// Both ends of a connection for messages want the same of it.
+pub fn agree(own: Purpose, theirs: Purpose) -> Result<(), WireError> {
+    match theirs {
+        theirs if theirs == own => Ok(()),
+        Purpose::Plain => Err(WireError::Plain),
+        Purpose::Secure => Err(WireError::Secure),
+        Purpose::Witness => Err(WireError::Purpose { received: Purpose::Witness as u8 }),
     }
 }
 
@@ -256,15 +273,22 @@ mod tests {
 
     #[test]
     fn other_programs_and_other_versions_are_told_apart() {
-        for purpose in [Purpose::Control, Purpose::Witness] {
+        for purpose in [Purpose::Plain, Purpose::Witness, Purpose::Secure] {
             assert_eq!(check_preamble(preamble(purpose)).unwrap(), purpose);
         }
         assert!(matches!(check_preamble(*b"GET / HT"), Err(WireError::NoRouter { .. })));
-        let mut next = preamble(Purpose::Control);
+        let mut next = preamble(Purpose::Secure);
         next[4..6].copy_from_slice(&(VERSION + 1).to_le_bytes());
         assert!(
             matches!(check_preamble(next), Err(WireError::Version { received }) if received == VERSION + 1)
         );
+    }
+
+    #[test]
+    fn plain_and_secure_routers_do_not_agree() {
+        assert!(agree(Purpose::Secure, Purpose::Secure).is_ok());
+        assert!(matches!(agree(Purpose::Secure, Purpose::Plain), Err(WireError::Plain)));
+        assert!(matches!(agree(Purpose::Plain, Purpose::Secure), Err(WireError::Secure)));
     }
 
     #[test]

@@ -50,7 +50,7 @@ fn directory(path: &Path) -> Result<Vec<Rule>, RuleError> {
     Ok(rules)
 }
 
-pub(super) fn manifest(path: &Path, text: &str) -> Result<Vec<Rule>, RuleError> {
+pub fn manifest(path: &Path, text: &str) -> Result<Vec<Rule>, RuleError> {
     let wrong = |reason: String| RuleError::Manifest { path: path.to_owned(), reason };
     let document: Value = serde_yaml::from_str(text).map_err(|error| wrong(error.to_string()))?;
     match document.get("kind").and_then(Value::as_str) {

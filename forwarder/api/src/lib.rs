@@ -16,7 +16,7 @@ pub use frame::{Frame, FrameError, MAX_FRAME};
 pub use refusal::Refusal;
 
 /// Bumped with every change of a type in this crate; both sides refuse to talk to another version.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 
 /// Unread bytes (see design: acknowledged by the kernel, not yet read by the application) that one end of a swap
 /// may carry over, in bytes. More is refused with [`Refusal::TooManyUnreadBytes`].

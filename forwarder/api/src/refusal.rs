@@ -14,6 +14,7 @@ pub enum Refusal {
     PeerGone,
     HostPathFailed,
     HostPathStalled,
+    HostAddressNotCertified,
     ForwarderGone,
     Stopping,
     SwappedBack,
@@ -58,7 +59,7 @@ pub enum Refusal {
 
 impl Refusal {
     /// Every variant, in the order of the enum.
-    pub const ALL: [Refusal; 46] = {
+    pub const ALL: [Refusal; 47] = {
         use Refusal::*;
         [
             NoRuleMatches,
@@ -70,6 +71,7 @@ impl Refusal {
             PeerGone,
             HostPathFailed,
             HostPathStalled,
+            HostAddressNotCertified,
             ForwarderGone,
             Stopping,
             SwappedBack,
@@ -166,6 +168,10 @@ impl Refusal {
                 ("host_path_failed", "the connection between the hosts could not be made or was lost")
             }
             HostPathStalled => ("host_path_stalled", "the host network stopped carrying this connection"),
+            HostAddressNotCertified => (
+                "host_address_not_certified",
+                "the other host's certificate does not hold the address that it offered for the host connection",
+            ),
             ForwarderGone => ("forwarder_gone", "the forwarder of this host does not answer"),
             Stopping => ("stopping", "the router is stopping"),
             SwappedBack => ("swapped_back", "it was sent back to the overlay by command"),

@@ -264,9 +264,7 @@ impl Session {
     }
 
     pub fn hear_peer(&self, conn: ConnId, message: &[u8]) {
-        // A message is framed like everything else: four bytes of length first.
-        let letter = message.get(4..).and_then(|body| Frame::decode::<Letter>(body).ok());
-        match letter {
+        match Letter::parse(message) {
             Some(Letter { batch, word: Word::Join(conns) }) => self.asked_to_join(batch, conn, conns),
             Some(Letter { batch, word: Word::Said(message) }) => self.hear(batch, conn, message),
             Some(Letter { word: Word::Leave, .. }) => self.left_by_peer(conn),

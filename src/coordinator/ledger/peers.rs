@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What is said to peers' routers, and heard from them.
+//!
+//! What a peer says about a connection counts only if it may speak for the address where our own discovery finds the
+//! other end. Whatever it says, nothing is installed before the forwarder has found that the sequence numbers of both
+//! ends agree.
 
 use forwarder_api::{ConnId, Direction, Refusal, Request};
 
 use super::{
-    Action, Attempt, Attempted, Cause, Flow, GRACE, Home, Input, Ledger, Message, ORDER, PURSUIT, Part,
-    PeerAddress, PeerSays, Tuple,
+    ACCUSATION, Action, Attempt, Attempted, Cause, Flow, GRACE, Home, Input, Ledger, Message, Node, ORDER,
+    PURSUIT, Part, PeerAddress, PeerSays, Tuple,
 };
 
 impl Ledger {
@@ -63,7 +67,18 @@ impl Ledger {
         }
     }
 
-    pub(super) fn peer_said(&mut self, peer: PeerAddress, message: Message) {
+    pub(super) fn peer_said(&mut self, node: &Node, message: Message) {
+        let about = self.about(&message);
+        let home = about.and_then(|tuple| self.flows.get(&tuple)).map(|flow| flow.home);
+        let peer = match home {
+            Some(Home::Peer(peer)) if node.speaks_for(peer) => peer,
+            Some(home @ (Home::Peer(_) | Home::SameHost)) => {
+                self.accuse(node, about, home);
+                self.known_as(node)
+            }
+            // Not ours, not known yet, or its other end is not.
+            Some(Home::Nowhere(_)) | None => self.known_as(node),
+        };
         match message {
             Message::Know { tuple, declined, answer } => {
                 self.peer_knows(peer, tuple.reversed(), declined, answer);
@@ -82,7 +97,10 @@ impl Ledger {
                 self.step_peer(peer, attempted, Input::PeerRefuses(reason));
             }
             Message::Accept { attempted, rendezvous, holder } => {
-                if let Some(attempt) = self.attempt_with(peer, attempted) {
+                let host = rendezvous.host.map(|(host, _)| host.ip().to_canonical());
+                if host.is_some_and(|host| !node.may_offer(host)) {
+                    self.step_peer(peer, attempted, Input::GiveUp(Refusal::HostAddressNotCertified));
+                } else if let Some(attempt) = self.attempt_with(peer, attempted) {
                     attempt.rendezvous = Some(rendezvous);
                     attempt.other_holder = Some(holder);
                     self.step_peer(peer, attempted, Input::PeerAccepts);
@@ -98,6 +116,36 @@ impl Ledger {
                     self.act(Action::Forwarder(Request::FromPeer { conn, message }));
                 }
             }
+        }
+    }
+
+    /// The connection that a message is about, if it is known here.
+    fn about(&self, message: &Message) -> Option<Tuple> {
+        match message {
+            Message::Know { tuple, .. } | Message::Ask { tuple, .. } | Message::Offer { tuple, .. } => {
+                Some(tuple.reversed())
+            }
+            Message::Refuse { attempted, .. }
+            | Message::Accept { attempted, .. }
+            | Message::Begin { attempted }
+            | Message::Cancel { attempted, .. }
+            | Message::Relay { attempted, .. } => self.conns.get(&attempted.conn).copied(),
+        }
+    }
+
+    /// Where an answer reaches it: a node may have several addresses.
+    fn known_as(&self, node: &Node) -> PeerAddress {
+        let reached = self.peers.keys().find(|peer| node.speaks_for(**peer));
+        reached.copied().unwrap_or(node.address)
+    }
+
+    fn accuse(&mut self, node: &Node, about: Option<Tuple>, home: Home) {
+        self.counts.false_claims += 1;
+        let Some(tuple) = about else { return };
+        let now = self.now;
+        self.accused.retain(|_, at| now.saturating_duration_since(*at) < ACCUSATION);
+        if self.accused.insert(node.address, now).is_none() {
+            self.act(Action::ReportFalseClaim { node: node.address, tuple, home });
         }
     }
 

@@ -81,10 +81,11 @@ impl World {
             Action::Forwarder(_)
             | Action::DropPath(_)
             | Action::Report { .. }
+            | Action::ReportFalseClaim { .. }
             | Action::ReportStall { .. } => {}
             Action::Tell(_, message) => {
                 self.said.push(message.clone());
-                self.queue.push_back((other, Event::Peer(addresses()[host], message)));
+                self.queue.push_back((other, Event::Peer(Node::uncertified(addresses()[host]), message)));
             }
             Action::Reach(peer) => self.queue.push_back((host, Event::PeerUp(peer))),
             Action::Accept { attempted, .. } => {
@@ -92,7 +93,7 @@ impl World {
                 let rendezvous =
                     Rendezvous { host: Some(("192.0.2.1:5".parse().unwrap(), token)), witness: token };
                 let message = Message::Accept { attempted, rendezvous, holder: Holder(1) };
-                self.queue.push_back((other, Event::Peer(addresses()[host], message)));
+                self.queue.push_back((other, Event::Peer(Node::uncertified(addresses()[host]), message)));
             }
             Action::Connect { conn, .. } => {
                 self.queue.push_back((other, Event::Path(conn, true)));
@@ -602,4 +603,72 @@ fn the_way_back_of_a_stalled_connection_is_tried_later_and_later() {
         let tries = 1000 - world.refusals[0].len();
         assert!((8..25).contains(&tries), "{tries} tries in 30 s, noticed by {host}");
     }
+}
+
+/// The follower's answer to the decider's first offer, host connections to be taken at `host`.
+fn answer_offer_with(world: &mut World, node: Node, host: &str) -> Vec<Action> {
+    let learned = world.learned(tuple(), Home::Peer(THERE), None);
+    let know = Message::Know { tuple: tuple().reversed(), declined: None, answer: true };
+    let ledger = &mut world.ledgers[0];
+    ledger.handle(world.now, learned);
+    ledger.handle(world.now, Event::PeerUp(THERE));
+    let asked = ledger.handle(world.now, Event::Peer(node.clone(), know));
+    let Some(Action::Forwarder(Request::Prepare { conn, .. })) = asked.last() else { panic!("{asked:?}") };
+    let offered = ledger.handle(world.now, Event::Prepared(*conn, Holder(1)));
+    let Some(Action::Tell(_, Message::Offer { attempted, .. })) = offered.last() else {
+        panic!("{offered:?}")
+    };
+    let token = Token([7; TOKEN]);
+    let rendezvous = Rendezvous { host: Some((host.parse().unwrap(), token)), witness: token };
+    let accept = Message::Accept { attempted: *attempted, rendezvous, holder: Holder(1) };
+    ledger.handle(world.now, Event::Peer(node, accept))
+}
+
+#[test]
+fn a_host_address_that_the_peer_has_no_certificate_for_is_not_connected_to() {
+    let node = || Node::certified(THERE, vec![THERE, "192.0.2.2".parse().unwrap()]);
+    let is_connect = |action: &Action| matches!(action, Action::Connect { .. });
+    assert!(answer_offer_with(&mut World::new(), node(), "192.0.2.2:5").iter().any(is_connect));
+    let mut world = World::new();
+    let actions = answer_offer_with(&mut world, node(), "192.0.2.3:5");
+    assert!(!actions.iter().any(is_connect), "{actions:?}");
+    assert_eq!(world.ledgers[0].counts().refused["host_address_not_certified"], 1);
+}
+
+#[test]
+fn a_peer_is_believed_under_each_address_of_its_certificate() {
+    let node = Node::certified("192.0.2.2".parse().unwrap(), vec![THERE, "192.0.2.2".parse().unwrap()]);
+    let actions = answer_offer_with(&mut World::new(), node, "192.0.2.2:5");
+    assert!(actions.iter().any(|action| matches!(action, Action::Connect { .. })), "{actions:?}");
+}
+
+#[test]
+fn a_peer_is_not_believed_about_a_connection_of_another() {
+    let stranger = Node::certified("192.0.2.3".parse().unwrap(), vec!["192.0.2.3".parse().unwrap()]);
+    let mut world = World::swapped();
+    let conn = world.ledgers[0].flows().next().unwrap().conn;
+    let attempted = Attempted { conn, number: 1 };
+    let theirs = tuple().reversed();
+    let (direction, cause) = (Direction::ToOverlay, Cause::Order);
+    let claims = [
+        Message::Know { tuple: theirs, declined: Some(Refusal::NoRuleMatches), answer: false },
+        Message::Ask { tuple: theirs, direction, cause },
+        Message::Offer { attempted, tuple: theirs, direction, cause },
+        Message::Cancel { attempted, reason: Refusal::Stopping },
+        Message::Relay { attempted, message: vec![1] },
+    ];
+    let mut reports = 0;
+    for claim in &claims {
+        let event = Event::Peer(stranger.clone(), claim.clone());
+        for action in world.ledgers[0].handle(world.now, event) {
+            match action {
+                Action::ReportFalseClaim { .. } => reports += 1,
+                Action::Tell(_, Message::Refuse { reason: Refusal::PeerUnknown, .. }) => {}
+                other => panic!("{claim:?}: {other:?}"),
+            }
+        }
+    }
+    assert_eq!(reports, 1, "one line a minute");
+    assert_eq!(world.ledgers[0].counts().false_claims, claims.len() as u64);
+    world.expect_all(Shown::Host);
 }

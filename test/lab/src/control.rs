@@ -61,6 +61,11 @@ pub struct Status {
     pub swaps: u64,
     #[serde(default)]
     pub refused: BTreeMap<String, u64>,
+    /// Who connected as a peer and was not let in, and what peers said about connections that they do not hold.
+    #[serde(default)]
+    pub turned_away: u64,
+    #[serde(default)]
+    pub false_claims: u64,
     #[serde(default)]
     pub drops: u64,
 }

@@ -110,6 +110,11 @@ impl Host {
         Pod::new(self, index, name, &self.cgroup).with_context(|| format!("pod {name} on {}", self.name))
     }
 
+    /// Where this host's certificate is.
+    pub fn tls(&self) -> PathBuf {
+        self.place.directory.join("tls")
+    }
+
     /// The settings of this host's router.
     pub fn environment(&self) -> Vec<(String, OsString)> {
         let file = |name: &str| self.place.directory.join(name).into_os_string();
@@ -121,6 +126,7 @@ impl Host {
             ("HOST_IF", HOST_IF.into()),
             ("ROUTER_LOGLEVEL", log_level.clone()),
             ("ROUTER_RULES", file("rules")),
+            ("ROUTER_TLS", self.tls().into_os_string()),
             ("ROUTER_FORWARDER", socket("forwarder.sock")),
             ("ROUTER_CONTROL", socket("router.sock")),
             ("ROUTER_CGROUP", self.cgroup.path().into()),
@@ -241,6 +247,11 @@ impl Host {
     /// What the router has logged since it was started.
     pub fn router_log(&self) -> String {
         self.state().router.as_ref().map(Process::stderr).unwrap_or_default()
+    }
+
+    /// What the forwarder has logged since it was started.
+    pub fn forwarder_log(&self) -> String {
+        self.state().forwarder.as_ref().map(Process::stderr).unwrap_or_default()
     }
 
     /// The mount namespace in which the host's programs run.

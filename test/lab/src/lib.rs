@@ -23,6 +23,7 @@ mod host;
 mod keeper;
 mod namespace;
 mod network;
+mod pki;
 mod pod;
 mod process;
 mod program;
@@ -44,6 +45,7 @@ pub use direct::Direct;
 pub use fault::{Cut, leave_descriptors, limit_descriptors};
 pub use host::{Host, RULE_FOR_ALL_PODS, RULE_FOR_ALL_PODS_V6, RouterOptions};
 pub use namespace::Namespace;
+pub use pki::{Authority, node_addresses};
 pub use pod::{Family, Pod};
 pub use process::{Finished, Place, Process};
 pub use program::program;
@@ -57,6 +59,7 @@ pub struct Lab {
     pub h1: Host,
     pub h2: Host,
     pub name: String,
+    pub authority: Authority,
     directory: PathBuf,
     /// Last, so that it is dropped last: it ends what the fields above have left running.
     _keeper: Keeper,
@@ -70,15 +73,20 @@ impl Lab {
         let cgroup = Cgroup::root()?.child(&format!("{}{name}", keeper::PREFIX));
         let directory = keeper::directory().join(&name);
         let keeper = Keeper::start(&cgroup, &directory)?;
-        let build = || -> Result<(Host, Host)> {
+        let build = || -> Result<(Host, Host, Authority)> {
             std::fs::create_dir_all(&directory).with_context(|| format!("making {}", directory.display()))?;
             let h1 = Host::new(1, &cgroup, &directory)?;
             let h2 = Host::new(2, &cgroup, &directory)?;
             network::connect(&h1, &h2)?;
-            Ok((h1, h2))
+            let authority = Authority::new(&directory.join("pki"))?;
+            for host in [&h1, &h2] {
+                let issued = authority.issue(&host.name, &node_addresses(host.index))?;
+                std::fs::rename(issued, host.tls())?;
+            }
+            Ok((h1, h2, authority))
         };
-        let (h1, h2) = build().with_context(|| format!("building the lab {name}"))?;
-        let lab = Lab { h1, h2, name, directory, _keeper: keeper };
+        let (h1, h2, authority) = build().with_context(|| format!("building the lab {name}"))?;
+        let lab = Lab { h1, h2, name, authority, directory, _keeper: keeper };
         if std::env::var_os("LAB_QUIET").is_none() {
             for host in lab.hosts() {
                 eprintln!("{} {}: {}", lab.name, host.name, host.place().line_to_enter());

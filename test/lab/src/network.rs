@@ -20,7 +20,7 @@ pub fn host_address(host: u8) -> Ipv4Addr {
     Ipv4Addr::new(192, 168, 77, host)
 }
 
-fn underlay_address(host: u8) -> Ipv4Addr {
+pub fn underlay_address(host: u8) -> Ipv4Addr {
     Ipv4Addr::new(192, 168, 78, host)
 }
 

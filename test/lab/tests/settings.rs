@@ -56,6 +56,12 @@ fn rules_that_do_not_exist_are_named() -> Result<()> {
 }
 
 #[test]
+fn a_node_without_certificates_is_told_where_they_are_expected() -> Result<()> {
+    let words = ["/does/not/exist/tls.crt", "ROUTER_TLS", "router pki", "--insecure"];
+    check("no-tls", |_| Ok(RouterOptions::default().with("ROUTER_TLS", "/does/not/exist")), &words)
+}
+
+#[test]
 fn a_port_in_use_is_named() -> Result<()> {
     let lab = Lab::new("port-in-use")?;
     lab.h1.start_forwarder()?;

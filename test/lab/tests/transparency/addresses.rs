@@ -127,3 +127,44 @@ fn a_connection_with_a_translated_source_stays() -> Result<()> {
                  tcp dport PORT snat to 10.244.1.77\n}\n}\n";
     check_translated(&row, rules, None, "peer_unknown")
 }
+
+#[test]
+fn a_connection_that_another_one_is_named_after_at_the_other_host_stays() -> Result<()> {
+    let row = ADDRESSES.row(
+        "names crossed by NAT",
+        "nftables in the server's pod: there another connection has the addresses that this one has at the client",
+    );
+    let (scene, dialled, taken, other) = (scene()?, new_port(), new_port(), new_port());
+    let rules = format!(
+        "table ip crossed {{\n\
+         chain first {{ type nat hook prerouting priority -100\n\
+         tcp sport 40001 tcp dport {dialled} redirect to :{taken}\n\
+         tcp sport 40002 tcp dport {other} redirect to :{dialled}\n}}\n\
+         chain last {{ type nat hook input priority 100\n\
+         tcp sport 40002 tcp dport {dialled} snat to {}:40001\n}}\n}}\n",
+        scene.client.v4
+    );
+    scene.server.place().run_script(&["nft", "-f", "-"], &rules)?;
+    let start = |from: u16, dial: u16, listen: u16| {
+        let mut case = Case::from("pings");
+        let own = scene.client.address(Family::V4, from).to_string();
+        case.environment = vec![("BEHAVIOUR_BIND".to_owned(), own)];
+        case.connect_to = Some(scene.server.address(Family::V4, dial).to_string());
+        let mut connection = Connection::start_on(listen, scene.client.place(), &scene.server, &case)?;
+        connection.begin()?;
+        Ok::<_, anyhow::Error>(connection)
+    };
+    let mut connections = vec![start(40_001, dialled, taken)?];
+    connections.push(start(40_002, other, dialled)?);
+    // Each forwarder has a socket of these names, and their sequence numbers are of two connections.
+    let refused = scene.lab.h1.wait_until_refused(dialled).and_then(|reason| {
+        ensure!(reason == "not_the_same_connection", "refused with {reason}");
+        let counted = scene.lab.h1.status()?.refused;
+        ensure!(counted.contains_key("not_the_same_connection"), "{counted:?}");
+        Ok(())
+    });
+    connections.into_iter().try_for_each(Connection::leave)?;
+    scene.server.place().run_script(&["nft", "-f", "-"], "delete table ip crossed\n")?;
+    refused?;
+    row.is_refused("not_the_same_connection")
+}

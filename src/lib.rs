@@ -18,6 +18,8 @@ mod rules;
 mod settings;
 mod stall;
 mod trace;
+mod trust;
+pub mod untrusted;
 mod workload;
 
 use std::{io::Write, net::IpAddr, process::ExitCode};
@@ -26,6 +28,8 @@ use anyhow::{Context, Result, bail};
 use clap::Parser;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::sync::{mpsc, watch};
+
+pub use coordinator::wire;
 
 use control::ControlSocket;
 use coordinator::{Inlets, Lookup, Parts};
@@ -36,13 +40,15 @@ use rules::RuleSet;
 use settings::{Arguments, Command, Settings};
 use stall::Watch;
 use trace::{Scope, Side, Telling, TraceEvent, Tracer};
+use trust::Trust;
 use workload::{StaticWorkloads, of_process};
 
 /// Events of tracing that may wait; more are lost, counted.
 const TRACED: usize = 16384;
 const WISHES: usize = 64;
 
-fn main() -> ExitCode {
+/// The program, from its command line to its end.
+pub fn main() -> ExitCode {
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => {
@@ -77,6 +83,7 @@ fn obey(arguments: Arguments) -> Result<()> {
         Command::Status(question) => commands::status(&question),
         Command::Flows(question) => commands::flows(&question),
         Command::Swap { conn, control } => commands::swap(conn.0, &control.path),
+        Command::Pki(command) => Ok(trust::pki::obey(&command)?),
         Command::SwapBack { conn, control, .. } => commands::swap_back(conn, &control.path),
     }
 }
@@ -109,6 +116,7 @@ async fn run(settings: Settings) -> Result<()> {
     let netlink = peers::netlink()?;
     let interfaces = Interfaces::find(&netlink, &settings.overlay_if, &settings.host_if).await?;
     let IpAddr::V4(host_address) = interfaces.host_address else { bail!("HOST_IF has no IPv4 address") };
+    let trust = Trust::open(&settings.trust, interfaces.host_address)?;
     let peers = Peers::load(settings.peers.as_deref(), netlink.clone(), interfaces.overlay_index)?;
     let listener = coordinator::listen(settings.router_port).with_context(|| {
         format!("ROUTER_PORT={}: cannot be listened on; is another router running?", settings.router_port)
@@ -133,7 +141,7 @@ async fn run(settings: Settings) -> Result<()> {
     );
     let lookup = Lookup::new(netlink, interfaces, peers, Box::new(workloads), processes, rules)?;
     let serving = tokio::spawn(control.serve(wishes));
-    let parts = Parts { settings, host_address, lookup, identity, scope, tracer, watch };
+    let parts = Parts { settings, host_address, lookup, identity, scope, tracer, watch, trust };
     let inlets = Inlets { traced: from_trace, peers: listener, wishes: from_control };
     let result = coordinator::run(parts, inlets).await;
     // Its socket goes with it.
