@@ -81,6 +81,7 @@ impl World {
             Action::Forwarder(_)
             | Action::DropPath(_)
             | Action::Report { .. }
+            | Action::ReportRefusal { .. }
             | Action::ReportStall { .. } => {}
             Action::Tell(_, message) => {
                 self.said.push(message.clone());
@@ -205,7 +206,7 @@ fn a_connection_that_both_ends_want_is_swapped_whichever_learns_of_it_first() {
         world.learn(first, None);
         world.learn(1 - first, None);
         world.expect_all(Shown::Host);
-        assert_eq!(world.ledgers[0].counts().swaps, 1);
+        assert_eq!(world.ledgers[0].tally().swaps, 1);
     }
 }
 
