@@ -1,7 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
 # Installs what building and testing need on Debian 12 or later, and mounts what tracing needs. Safe to repeat.
-# `./init.sh programs` installs the servers and clients of test/lab/tests/programs.rs and of the benchmarks too.
+# `./init.sh programs` installs the servers and clients of test/lab/tests/programs.rs and of the benchmarks too, `web` the
+# browser and the judge of metrics of test/lab/tests/web.rs. More than one may be named.
 set -euo pipefail
 
 packages=(
@@ -12,7 +13,10 @@ packages=(
     nftables musl-tools gcc-multilib                             # the matrix: NAT, and programs of other kinds
     qemu-system-x86 busybox-static cpio jq                       # the second kernel
 )
-if [[ ${1:-} == programs ]]; then
+if [[ " $* " == *" web "* ]]; then
+    packages+=(chromium prometheus fonts-dejavu-core)
+fi
+if [[ " $* " == *" programs "* ]]; then
     packages+=(
         redis-server redis-tools memcached libmemcached-tools postgresql-15 postgresql-contrib # stores
         nginx-light wrk curl openssl                                                           # web

@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The commands that ask a running router, and what they print.
 
+mod explain;
+
 use std::{fmt::Write, path::Path};
+
+pub use explain::{Asked, explain};
 
 use anyhow::{Result, bail};
 use forwarder_api::ConnId;
@@ -10,6 +14,7 @@ use crate::{
     control::{self, ControlError, Moved, Question},
     coordinator::{FlowView, Shown, Status},
     settings::{self, Conn},
+    units::{age, bytes},
 };
 
 pub fn status(question: &settings::Question) -> Result<()> {
@@ -148,34 +153,9 @@ fn flows_text(flows: &[FlowView]) -> String {
     text
 }
 
-fn age(ms: u64) -> String {
-    match ms / 1000 {
-        seconds @ 0..=119 => format!("{seconds} s"),
-        seconds @ 120..=7199 => format!("{} min", seconds / 60),
-        seconds => format!("{} h", seconds / 3600),
-    }
-}
-
-fn bytes(count: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let mut value = count as f64;
-    let mut unit = 0;
-    while value >= 1024.0 && unit + 1 < UNITS.len() {
-        value /= 1024.0;
-        unit += 1;
-    }
-    if unit == 0 { format!("{count} B") } else { format!("{value:.1} {}", UNITS[unit]) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sizes_and_ages_are_shown_in_the_unit_that_fits() {
-        assert_eq!((bytes(1023).as_str(), bytes(1536).as_str()), ("1023 B", "1.5 KiB"));
-        assert_eq!((age(5_300).as_str(), age(7_200_000).as_str()), ("5 s", "2 h"));
-    }
 
     #[test]
     fn a_table_without_connections_has_a_head() {

@@ -15,15 +15,16 @@ use tokio::{
     sync::{mpsc, oneshot},
 };
 
-use crate::coordinator::Wish;
+use crate::coordinator::{Subject, Wish};
 
-/// The longest request, in bytes.
-const MAX_REQUEST: u64 = 4096;
+/// The longest request, in bytes: it may name the sockets of a process.
+const MAX_REQUEST: u64 = 1 << 20;
 
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Question {
     Status,
     Flows,
+    Explain(Subject),
     Swap(ConnId),
     SwapBack(ConnId),
 }
@@ -106,6 +107,9 @@ async fn answer(mut stream: UnixStream, wishes: &mpsc::Sender<Wish>) -> io::Resu
     let answer = match serde_json::from_slice(&request)? {
         Question::Status => serde_json::to_vec(&asked(wishes, Wish::Status).await?)?,
         Question::Flows => serde_json::to_vec(&asked(wishes, Wish::Flows).await?)?,
+        Question::Explain(subject) => {
+            serde_json::to_vec(&asked(wishes, |answer| Wish::Explain(subject, answer)).await?)?
+        }
         Question::Swap(conn) => serde_json::to_vec(&moved(wishes, conn, Direction::ToHost).await?)?,
         Question::SwapBack(conn) => serde_json::to_vec(&moved(wishes, conn, Direction::ToOverlay).await?)?,
     };
@@ -119,7 +123,8 @@ async fn moved(wishes: &mpsc::Sender<Wish>, conn: ConnId, direction: Direction) 
     })
 }
 
-async fn asked<T>(
+/// Ask the coordinator.
+pub async fn asked<T>(
     wishes: &mpsc::Sender<Wish>,
     wish: impl FnOnce(oneshot::Sender<T>) -> Wish,
 ) -> io::Result<T> {

@@ -12,13 +12,16 @@
 //! One task does it all, so that nothing needs a lock. What takes long (connecting) is a task of its own and comes
 //! back as an event.
 
+mod asked;
 mod effects;
+mod explain;
 mod flow;
 mod host_path;
 mod ledger;
 mod lookup;
 mod negotiation;
 mod session;
+mod tally;
 pub mod wire;
 
 use std::{
@@ -42,10 +45,14 @@ use tokio::{
     time::{MissedTickBehavior, interval, sleep_until, timeout},
 };
 
-pub use flow::{FlowView, Shown};
+pub use asked::Figures;
+pub use explain::{Explanation, Says, Subject};
+pub use flow::{FlowView, OtherHost, Shown};
 pub use lookup::Lookup;
 pub use session::listen;
+pub use tally::Histogram;
 
+use asked::AfterScan;
 use flow::Note;
 use host_path::{Arrived, HostPath, Line};
 use ledger::{Event, Ledger, Restored};
@@ -78,6 +85,9 @@ const STOP: Duration = Duration::from_secs(20);
 pub enum Wish {
     Status(oneshot::Sender<Status>),
     Flows(oneshot::Sender<Vec<FlowView>>),
+    /// For metrics: nothing is looked up for it.
+    Figures(oneshot::Sender<Figures>),
+    Explain(Subject, oneshot::Sender<Vec<Explanation>>),
     /// The answer is the pause in microseconds, or the reason why not.
     Move(ConnId, Direction, oneshot::Sender<Result<u64, Refusal>>),
 }
@@ -162,7 +172,7 @@ struct Scans {
     began: BTreeMap<u64, Instant>,
     /// Since when scans show the sockets that are too young to be known. None: there was no scan yet.
     young: Option<HashMap<SocketInode, Instant>>,
-    waiting: Vec<(u64, oneshot::Sender<Vec<FlowView>>)>,
+    waiting: Vec<(u64, AfterScan)>,
 }
 
 /// Open what peers need, and run until SIGTERM or SIGINT and, then, until connections are where they shall stay.
@@ -258,7 +268,7 @@ impl Coordinator {
             ForwarderEvent::Down => {
                 self.forwarder = None;
                 self.scans.began.clear();
-                self.show_flows();
+                self.answer_all();
                 Event::ForwarderDown
             }
             ForwarderEvent::Said(said) => match said {
@@ -330,10 +340,9 @@ impl Coordinator {
     async fn wish(&mut self, wish: Wish) {
         match wish {
             Wish::Status(answer) => drop(answer.send(self.status())),
-            Wish::Flows(answer) => match self.scan() {
-                Some(seq) => self.scans.waiting.push((seq, answer)),
-                None => drop(answer.send(self.ledger.views())),
-            },
+            Wish::Figures(answer) => drop(answer.send(self.figures())),
+            Wish::Flows(answer) => self.answer_after_scan(AfterScan::Flows(answer)),
+            Wish::Explain(subject, answer) => self.answer_after_scan(AfterScan::Explain(subject, answer)),
             Wish::Move(conn, direction, answer) => {
                 let Some(tuple) = self.ledger.find(conn).map(|flow| flow.tuple) else {
                     let _ = answer.send(Err(Refusal::NotEstablished));
@@ -346,7 +355,7 @@ impl Coordinator {
     }
 
     fn status(&self) -> Status {
-        let counts = self.ledger.counts();
+        let counts = self.ledger.tally();
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
@@ -356,9 +365,13 @@ impl Coordinator {
             swapped: self.ledger.swapped(),
             swaps: counts.swaps,
             swap_backs: counts.swap_backs,
-            refused: counts.refused.iter().map(|(label, count)| ((*label).to_owned(), *count)).collect(),
             turned_away: self.turned_away.load(Relaxed),
             false_claims: counts.false_claims,
+            refused: counts
+                .refused
+                .iter()
+                .map(|(reason, count)| (reason.label().to_owned(), *count))
+                .collect(),
             drops: self.parts.tracer.drops() + counts.overflow,
             peers: self.ledger.peers().clone(),
         }
@@ -403,7 +416,7 @@ impl Coordinator {
         let (ready, later) =
             std::mem::take(&mut self.scans.waiting).into_iter().partition(|(of, _)| *of <= seq);
         self.scans.waiting = later;
-        self.answer_flows(ready);
+        self.answer(ready, &records);
     }
 
     /// Of swapped connections that were left alone when router and forwarder died, the host sockets remain.
@@ -429,24 +442,12 @@ impl Coordinator {
         }
     }
 
-    /// To all who wait, whatever has come.
-    fn show_flows(&mut self) {
-        let waiting = std::mem::take(&mut self.scans.waiting);
-        self.answer_flows(waiting);
-    }
-
-    fn answer_flows(&self, waiting: Vec<(u64, oneshot::Sender<Vec<FlowView>>)>) {
-        for (_, answer) in waiting {
-            let _ = answer.send(self.ledger.views());
-        }
-    }
-
     /// Reads the rules again; wrong ones change nothing.
     async fn look_at_rules(&mut self) {
         // A scan that has not come for so long is not worth waiting for.
         if self.scans.began.values().any(|began| began.elapsed() > FRESH) {
             self.scans.began.retain(|_, began| began.elapsed() < SCAN);
-            self.show_flows();
+            self.answer_all();
         }
         if self.parts.lookup.refresh(&self.parts.settings).await {
             let verdicts: Vec<_> = self

@@ -12,14 +12,20 @@ mod coordinator;
 mod forwarder;
 mod heap;
 mod identity;
+mod live;
+mod metrics;
 mod peers;
 mod process;
 mod rules;
+mod saving;
 mod settings;
 mod stall;
+mod terminal;
 mod trace;
 mod trust;
 pub mod untrusted;
+mod units;
+mod web;
 mod workload;
 
 use std::{io::Write, net::IpAddr, process::ExitCode};
@@ -81,7 +87,9 @@ fn obey(arguments: Arguments) -> Result<()> {
         Command::Check(settings) => start(settings, check),
         Command::Trace(settings) => start(settings, print_traced),
         Command::Status(question) => commands::status(&question),
-        Command::Flows(question) => commands::flows(&question),
+        Command::Flows { question, watch: true } => terminal::run(&question.control.path),
+        Command::Flows { question, watch: false } => commands::flows(&question),
+        Command::Explain { what, question } => commands::explain(what, question.json, &question.control.path),
         Command::Swap { conn, control } => commands::swap(conn.0, &control.path),
         Command::Pki(command) => Ok(trust::pki::obey(&command)?),
         Command::SwapBack { conn, control, .. } => commands::swap_back(conn, &control.path),
@@ -89,13 +97,10 @@ fn obey(arguments: Arguments) -> Result<()> {
 }
 
 fn start<F: Future<Output = Result<()>>>(settings: Settings, what: impl FnOnce(Settings) -> F) -> Result<()> {
-    env_logger::Builder::new()
-        .filter_level(settings.log_level)
-        .filter_module("netlink", log::LevelFilter::Off)
-        .init();
+    heap::keep_small();
+    let _log = logging::start(settings.log_level, settings.log_format, &["netlink"]);
     // What libbpf prints explains our own errors.
     libbpf_rs::set_print(Some((libbpf_rs::PrintLevel::Debug, |_, text| log::debug!("{}", text.trim_end()))));
-    heap::keep_small();
     raise_descriptor_limit().context("raising RLIMIT_NOFILE")?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(what(settings))
@@ -122,6 +127,8 @@ async fn run(settings: Settings) -> Result<()> {
         format!("ROUTER_PORT={}: cannot be listened on; is another router running?", settings.router_port)
     })?;
     let control = ControlSocket::open(&settings.control)?;
+    let (wishes, from_control) = mpsc::channel(WISHES);
+    web::start(&settings.see, interfaces.host_address, wishes.clone())?;
     let scope_path = settings.scope()?;
     let scope = Scope::of(&scope_path)?;
     let identity = Identity::attach(&scope_path, &settings.pins)?;
@@ -131,7 +138,6 @@ async fn run(settings: Settings) -> Result<()> {
     let tracer = Tracer::start(&scope, &identity, Telling::WhenOldEnough(rules_of_tracer), traced)?;
     let processes = Processes::load(&scope)?;
     let watch = Watch::start(&identity)?;
-    let (wishes, from_control) = mpsc::channel(WISHES);
     log::info!(
         "tracing in {}, {} rules, routers on port {}, commands at {}",
         scope_path.display(),

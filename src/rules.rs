@@ -9,6 +9,7 @@
 //! Pure but for [`RuleSet::load`].
 
 mod after;
+mod judged;
 pub(crate) mod parse;
 pub(crate) mod source;
 #[cfg(test)]
@@ -18,6 +19,7 @@ use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 
 pub use after::After;
 use ipnetwork::IpNetwork;
+pub use judged::Judged;
 
 /// One rule, as a key of the ConfigMap holds it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -88,33 +90,21 @@ impl RuleSet {
         self.rules.len()
     }
 
+    /// Of each kind of rule that there is, one must hold.
     pub fn decide(&self, candidate: &Candidate<'_>) -> Verdict {
-        let pod_labels = self.rules.iter().filter_map(|rule| match &rule.kind {
-            Kind::PodLabel { name, value } => Some((name, value)),
-            Kind::Cidr { .. } | Kind::ContainerLabel { .. } => None,
-        });
-        let container_labels = self.rules.iter().filter_map(|rule| match &rule.kind {
-            Kind::ContainerLabel { name, value } => Some((name, value)),
-            Kind::Cidr { .. } | Kind::PodLabel { .. } => None,
-        });
-        let filters = [
-            ("pod", pod_labels.collect::<Vec<_>>(), candidate.pod_labels),
-            ("container", container_labels.collect(), candidate.container_labels),
-        ];
-        for (what, wanted, labels) in filters {
-            if !wanted.is_empty() && !wanted.iter().any(|(name, value)| labels.get(*name) == Some(*value)) {
-                let wanted: Vec<String> =
-                    wanted.iter().map(|(name, value)| format!("{name}={value}")).collect();
-                return Verdict::Leave { why: format!("the {what} carries none of: {}", wanted.join(", ")) };
+        for kind in Kind::is_of_each_kind() {
+            let mut rules = self.rules.iter().filter(|rule| kind(&rule.kind)).peekable();
+            if rules.peek().is_some() && !rules.any(|rule| rule.kind.holds(candidate)) {
+                return Verdict::Leave { why: self.why_none_holds(kind, candidate) };
             }
         }
-        self.decide_by_address(candidate)
+        Verdict::Swap
     }
 
     /// When a connection between these addresses is old enough to be swapped: as the cidr rules that hold it say, by
     /// default where there is none.
     pub fn after(&self, server: IpAddr, client: IpAddr) -> After {
-        let matching = self.rules.iter().filter(|rule| rule.kind.holds(server, client) == Some(true));
+        let matching = self.rules.iter().filter(|rule| rule.kind.is_cidr_that_holds(server, client));
         matching.map(|rule| rule.kind.after()).reduce(After::or).unwrap_or(After::DEFAULT)
     }
 
@@ -123,24 +113,54 @@ impl RuleSet {
         self.rules.iter().map(|rule| rule.kind.after()).fold(After::DEFAULT, After::or)
     }
 
-    fn decide_by_address(&self, candidate: &Candidate<'_>) -> Verdict {
-        let Candidate { server, client, .. } = candidate;
-        let mut verdicts = self.rules.iter().filter_map(|rule| rule.kind.holds(*server, *client)).peekable();
-        if verdicts.peek().is_none() || verdicts.any(|holds| holds) {
-            return Verdict::Swap;
+    fn why_none_holds(&self, kind: fn(&Kind) -> bool, candidate: &Candidate<'_>) -> String {
+        let (mut whose, mut wanted) = ("", Vec::new());
+        for rule in self.rules.iter().filter(|rule| kind(&rule.kind)) {
+            let (of, name, value) = match &rule.kind {
+                Kind::PodLabel { name, value } => ("pod", name, value),
+                Kind::ContainerLabel { name, value } => ("container", name, value),
+                Kind::Cidr { .. } => {
+                    let Candidate { server, client, .. } = candidate;
+                    return format!("no cidr rule has server {server} and client {client}");
+                }
+            };
+            whose = of;
+            wanted.push(format!("{name}={value}"));
         }
-        Verdict::Leave { why: format!("no cidr rule has server {server} and client {client}") }
+        format!("the {whose} carries none of: {}", wanted.join(", "))
     }
 }
 
 impl Kind {
-    /// Does this cidr rule hold for a connection between these addresses? `None`: it is of another type.
-    fn holds(&self, server: IpAddr, client: IpAddr) -> Option<bool> {
-        let Kind::Cidr { from, to, reverse, .. } = self else { return None };
+    /// Filters by labels come first.
+    fn is_of_each_kind() -> [fn(&Kind) -> bool; 3] {
+        [
+            |kind| matches!(kind, Kind::PodLabel { .. }),
+            |kind| matches!(kind, Kind::ContainerLabel { .. }),
+            |kind| matches!(kind, Kind::Cidr { .. }),
+        ]
+    }
+
+    fn holds(&self, candidate: &Candidate<'_>) -> bool {
+        match self {
+            Kind::PodLabel { name, value } => candidate.pod_labels.get(name) == Some(value),
+            Kind::ContainerLabel { name, value } => candidate.container_labels.get(name) == Some(value),
+            Kind::Cidr { .. } => self.is_cidr_that_holds(candidate.server, candidate.client),
+        }
+    }
+
+    fn is_cidr_that_holds(&self, server: IpAddr, client: IpAddr) -> bool {
+        let Kind::Cidr { reverse, .. } = self else { return false };
+        self.holds_between(server, client, false) || (*reverse && self.holds_between(server, client, true))
+    }
+
+    /// Does this cidr rule hold, or its reverse?
+    fn holds_between(&self, server: IpAddr, client: IpAddr, reversed: bool) -> bool {
+        let Kind::Cidr { from, to, .. } = self else { return false };
         let is_in =
             |network: &Option<IpNetwork>, address| network.is_none_or(|network| network.contains(address));
-        let holds = |server, client| is_in(from, server) && is_in(to, client);
-        Some(holds(server, client) || (*reverse && holds(client, server)))
+        let (of_from, of_to) = if reversed { (client, server) } else { (server, client) };
+        is_in(from, of_from) && is_in(to, of_to)
     }
 
     fn after(&self) -> After {

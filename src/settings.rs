@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The command line and the environment. Each setting is a flag and a variable of the same name; the flag wins.
 
-use std::path::PathBuf;
+use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand};
 use forwarder_api::ConnId;
 use log::LevelFilter;
 
-use crate::trust::{TrustSettings, pki::PkiCommand};
+use crate::{
+    commands::Asked,
+    trust::{TrustSettings, pki::PkiCommand},
+};
 
 /// Moves live TCP connections of containers off the overlay network and onto the hosts' own network.
 #[derive(Parser)]
@@ -26,7 +29,21 @@ pub enum Command {
     /// Is the router up, which tracing does it use, how many connections are swapped, how many refused and why.
     Status(Question),
     /// The connections that the router knows: path, age, bytes, pause of the swap, reason if refused.
-    Flows(Question),
+    Flows {
+        #[command(flatten)]
+        question: Question,
+        /// Show them on the terminal as they change.
+        #[arg(long, conflicts_with = "json")]
+        watch: bool,
+    },
+    /// Why a connection is where it is, step by step; of a process, all its connections.
+    Explain {
+        /// As `router flows` names it, its addresses as LOCAL-REMOTE, or a process id.
+        #[arg(value_name = "CONN|LOCAL-REMOTE|PID")]
+        what: Asked,
+        #[command(flatten)]
+        question: Question,
+    },
     /// Move one connection onto the host network now.
     Swap {
         /// As `router flows` names it.
@@ -92,6 +109,10 @@ pub struct Settings {
     #[arg(long = "loglevel", env = "ROUTER_LOGLEVEL", default_value = "INFO", value_name = "LEVEL", value_parser = log_level)]
     pub log_level: LevelFilter,
 
+    /// How lines of the log look: text, or json (one object a line).
+    #[arg(long, env = "ROUTER_LOG_FORMAT", default_value = "text", value_name = "text|json")]
+    pub log_format: logging::Format,
+
     /// Rules: a directory with one file a rule (a mounted ConfigMap) or a ConfigMap's manifest.
     #[arg(long, env = "ROUTER_RULES", default_value = "/etc/rules", value_name = "PATH")]
     pub rules: PathBuf,
@@ -137,6 +158,25 @@ pub struct Settings {
 
     #[command(flatten)]
     pub trust: TrustSettings,
+    #[command(flatten)]
+    pub see: See,
+}
+
+/// Where the router shows what it does.
+#[derive(Args, Clone, Debug)]
+pub struct See {
+    /// Address of the Prometheus metrics, such as 127.0.0.1:9464; without it, there are none.
+    #[arg(long, env = "ROUTER_METRICS", value_name = "ADDRESS:PORT", value_parser = address)]
+    pub metrics: Option<SocketAddr>,
+
+    /// Address of the web page, such as 127.0.0.1:9465; without it, there is none. It only shows, but to everybody who
+    /// reaches it.
+    #[arg(long, env = "ROUTER_WEB", value_name = "ADDRESS:PORT", value_parser = address)]
+    pub web: Option<SocketAddr>,
+}
+
+fn address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| "expected an address and a port, such as 127.0.0.1:9464 or [::1]:9464".into())
 }
 
 /// A connection's name on the command line.

@@ -1,13 +1,18 @@
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
-# All tests. `test/run.sh swap` runs only the test files of these names. `--kernel` adds a part of them under a second
-# kernel, emulated; `--programs` adds those with redis, PostgreSQL and others, which take long and install servers.
-# `--fuzz MINUTES` runs the fuzz targets only, one after the other, for so long in all.
+# All tests. `test/run.sh swap` runs only the test files of these names. What takes long, or installs much, is added by an
+# argument:
+#   --programs      redis, PostgreSQL, nginx and others, moved under load
+#   --web           the page in a browser
+#   --kernel        a part of the tests under a second kernel, emulated
+#   --fuzz MINUTES  the fuzz targets only, one after the other, for so long in all
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ((EUID == 0)) || { echo "error: namespaces, BPF and ptrace need root: run $0 as root" >&2; exit 1; }
 
-kernel=no programs=no words=() failed=()
+# Their test files have their names.
+long=(programs web)
+kernel=no added=() words=() failed=()
 if [[ ${1:-} == --fuzz ]]; then
     [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || { echo "error: --fuzz ${2:-}: expected minutes, as in --fuzz 60" >&2; exit 1; }
     exec test/fuzz.sh "$2"
@@ -15,13 +20,19 @@ fi
 for argument in "$@"; do
     case $argument in
         --kernel) kernel=yes ;;
-        --programs) programs=yes ;;
-        -*) echo "error: $argument: expected --kernel, --programs, --fuzz MINUTES, or names of test files" >&2 && exit 1 ;;
+        --*)
+            [[ " ${long[*]} " == *" ${argument#--} "* ]] || {
+                echo "error: $argument: expected --kernel, --fuzz MINUTES,${long[*]/#/ --}, or names of test files" >&2
+                exit 1
+            }
+            added+=("${argument#--}")
+            ;;
         *) words+=("$argument") ;;
     esac
 done
+is_among() { [[ " ${*:2} " == *" $1 "* ]]; }
 
-if [[ $programs == yes ]]; then ./init.sh programs; else ./init.sh; fi
+./init.sh "${added[@]}"
 export PATH=$PATH:${CARGO_HOME:-$HOME/.cargo}/bin LAB_QUIET=1 RUST_BACKTRACE=${RUST_BACKTRACE:-0}
 
 lab() { "${CARGO_TARGET_DIR:-target}/release/lab" "$@"; }
@@ -40,8 +51,8 @@ fi
 # What is measured and what is stopped is sensitive to company: one lab at a time.
 for file in test/lab/tests/*.rs test/lab/tests/*/main.rs; do
     name=$(basename "${file%/main.rs}" .rs)
-    [[ $name != programs || $programs == yes ]] || continue
-    if ((${#words[@]} == 0)) || [[ " ${words[*]} " == *" $name "* ]]; then
+    ! is_among "$name" "${long[@]}" || is_among "$name" "${added[@]}" || continue
+    if ((${#words[@]} == 0)) || is_among "$name" "${words[@]}"; then
         [[ $name != transparency ]] || lab transparency --clear
         # The files after one that fails have something to say as well.
         cargo test --release --locked -p lab --test "$name" -- --test-threads 1 || failed+=("$name")

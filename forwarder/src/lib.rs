@@ -65,6 +65,10 @@ struct Arguments {
     /// How much to log: ERROR, WARNING, INFO or DEBUG.
     #[arg(long, env = "FORWARDER_LOGLEVEL", default_value = "INFO", value_name = "LEVEL", value_parser = log_level)]
     log_level: log::LevelFilter,
+
+    /// How lines of the log look: text, or json (one object a line).
+    #[arg(long, env = "FORWARDER_LOG_FORMAT", default_value = "text", value_name = "text|json")]
+    log_format: logging::Format,
 }
 
 fn log_level(text: &str) -> Result<log::LevelFilter, String> {
@@ -98,14 +102,14 @@ pub fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<()> {
     heap::keep_small();
-    env_logger::Builder::new().filter_level(arguments.log_level).init();
-    probe()?;
-    room::raise_limit().context("raising RLIMIT_NOFILE")?;
     // Before the first thread, so that all inherit it: a stop must not come while a process is frozen.
     let mut stop = SigSet::empty();
     stop.add(Signal::SIGTERM);
     stop.add(Signal::SIGINT);
     stop.thread_block().context("signals cannot be blocked")?;
+    let _log = logging::start(arguments.log_level, arguments.log_format, &[]);
+    probe()?;
+    room::raise_limit().context("raising RLIMIT_NOFILE")?;
     let programs = inspect::Programs::load()?;
     let site = site::Site::new(programs).context("no epoll set")?;
     site.end_repairs()?;
@@ -116,6 +120,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     std::thread::Builder::new().name("serve".into()).spawn(move || {
         let error = server::serve(&serving, &listener);
         log::error!("no router can be served any more: {error:?}");
+        logging::flush();
         std::process::exit(1);
     })?;
     let signal = stop.wait().context("waiting for signals")?;

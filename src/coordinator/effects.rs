@@ -85,7 +85,12 @@ impl Coordinator {
                 tuple.local,
                 tuple.remote
             ),
-            Action::Report { conn, tuple, direction, result } => report(conn, tuple, direction, &result),
+            Action::Report { conn, tuple, direction, result } => {
+                report(conn, self.workload(tuple), tuple, direction, &result);
+            }
+            Action::ReportRefusal { conn, tuple, reason } => {
+                report_refusal(conn, self.workload(tuple), tuple, reason);
+            }
         }
     }
 
@@ -124,31 +129,60 @@ impl Coordinator {
         lines.host.into_iter().chain(lines.witness).collect()
     }
 
+    fn workload(&self, tuple: Tuple) -> &str {
+        self.ledger.get(tuple).map_or("", |flow| &flow.workload.name)
+    }
+
     fn budget_us(&self) -> u32 {
         self.parts.settings.freeze_budget_ms * 1000
     }
 }
 
-fn report(conn: ConnId, tuple: Tuple, direction: Direction, result: &Result<Moved, Refusal>) {
-    let (local, remote) = (tuple.local, tuple.remote);
-    let to = match direction {
-        Direction::ToHost => "the host network",
-        Direction::ToOverlay => "the overlay",
+fn report(conn: ConnId, workload: &str, tuple: Tuple, direction: Direction, result: &Result<Moved, Refusal>) {
+    let Tuple { local, remote } = tuple;
+    let (decision, to) = match direction {
+        Direction::ToHost => ("swapped", "the host network"),
+        Direction::ToOverlay => ("swapped back", "the overlay"),
     };
     match result {
         Ok(moved) => log::info!(
-            "{conn} {local} - {remote}: moved to {to}, pause {} us (freeze {}, settle {}, install {}), {} bytes unread",
+            decision = decision, conn:% = conn, workload = workload, local:% = local, remote:% = remote,
+            pause_us = moved.pause_us, freeze_us = moved.freeze_us, settle_us = moved.settle_us,
+            install_us = moved.install_us, unread_bytes = moved.unread_bytes, together = moved.together;
+            "{conn} {local} - {remote}: moved to {to}, pause {} us (freeze {}, settle {}, install {}), {} bytes unread, of {workload}",
             moved.pause_us,
             moved.freeze_us,
             moved.settle_us,
             moved.install_us,
             moved.unread_bytes
         ),
+        // It is tried again.
         Err(reason) if reason.is_passing() => {
             log::debug!("{conn} {local} - {remote}: not moved to {to} now: {reason}");
         }
-        Err(reason) => {
-            log::info!("{conn} {local} - {remote}: not moved to {to}: {reason} ({})", reason.label())
-        }
+        Err(reason) => log::info!(
+            decision = "refused", conn:% = conn, workload = workload, local:% = local, remote:% = remote,
+            reason = reason.label();
+            "{conn} {local} - {remote}: not moved to {to}: {reason} ({}), of {workload}", reason.label()
+        ),
     }
+}
+
+/// Nobody asked for what no rule, no overlay and no other host is there for, and most connections of a host may be such:
+/// that is no decision to tell of. Nor is what passes.
+fn report_refusal(conn: ConnId, workload: &str, tuple: Tuple, reason: Refusal) {
+    let Tuple { local, remote } = tuple;
+    let not_asked_for =
+        [Refusal::NoRuleMatches, Refusal::NoPeerHost, Refusal::HostAddress, Refusal::SameNetwork];
+    let level = if reason.is_passing() || not_asked_for.contains(&reason) {
+        log::Level::Debug
+    } else {
+        log::Level::Info
+    };
+    log::log!(
+        level,
+        decision = "refused", conn:% = conn, workload = workload, local:% = local, remote:% = remote,
+        reason = reason.label();
+        "{conn} {local} - {remote}: refused: {reason} ({}), of {workload}", reason.label()
+    );
 }

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     host_path::Family,
     negotiation::{Negotiation, Part},
+    tally::Traffic,
     wire::{Cause, Rendezvous, Tuple},
 };
 use crate::{peers::PeerAddress, trace::Side, workload::Workload};
@@ -125,8 +126,16 @@ pub struct Flow {
     /// When its last attempt ended: what was seen before may have been a socket lent for it.
     pub tried: Instant,
     pub swaps: u32,
+    /// Of the socket that the application has now.
     pub bytes_sent: u64,
     pub bytes_received: u64,
+    /// How much of that is counted already, and how much of the overlay socket's while it is parked. None: what it carried
+    /// before is not known, and is not counted.
+    pub counted: Option<Traffic>,
+    pub counted_on_overlay: Option<Traffic>,
+    /// Carried on each path, both ways.
+    pub overlay_bytes: u64,
+    pub host_bytes: u64,
 }
 
 /// What the forwarder keeps with a parked socket, for a restarted router.
@@ -178,7 +187,22 @@ impl Flow {
             swaps: 0,
             bytes_sent: 0,
             bytes_received: 0,
+            counted: Some(Traffic::default()),
+            counted_on_overlay: None,
+            overlay_bytes: 0,
+            host_bytes: 0,
         }
+    }
+
+    /// Its socket has carried so much by now: the part of it that is new.
+    pub fn carried(&mut self, now: Traffic) -> Traffic {
+        (self.bytes_sent, self.bytes_received) = (now.sent, now.received);
+        let more = now.since(self.counted.replace(now).unwrap_or(now));
+        match self.path {
+            Path::Overlay => self.overlay_bytes += more.total(),
+            Path::Host(_) => self.host_bytes += more.total(),
+        }
+        more
     }
 
     pub fn noted(&self) -> NotedEnd {
@@ -255,6 +279,13 @@ impl Flow {
             age_ms: millis(now.saturating_duration_since(self.since)),
             bytes_sent: self.bytes_sent,
             bytes_received: self.bytes_received,
+            overlay_bytes: self.overlay_bytes,
+            host_bytes: self.host_bytes,
+            other_host: match self.home {
+                Home::Peer(peer) => OtherHost::Peer(peer),
+                Home::SameHost => OtherHost::Same,
+                Home::Nowhere(_) => OtherHost::Unknown,
+            },
             swaps: self.swaps,
             pause_us: moved.map(|moved| moved.pause_us),
             freeze_us: moved.map(|moved| moved.freeze_us),
@@ -282,6 +313,16 @@ pub enum Shown {
     Moving,
 }
 
+/// Where the other end is, for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OtherHost {
+    Unknown,
+    /// This one.
+    Same,
+    Peer(PeerAddress),
+}
+
 /// One line of `router flows`, and one object of its JSON.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FlowView {
@@ -295,6 +336,10 @@ pub struct FlowView {
     /// Of the socket that the application has now.
     pub bytes_sent: u64,
     pub bytes_received: u64,
+    /// Carried on each path since the router knows it, both ways, as of the last scan.
+    pub overlay_bytes: u64,
+    pub host_bytes: u64,
+    pub other_host: OtherHost,
     pub swaps: u32,
     /// Of the last swap: how long the application stood still, and the parts of that.
     pub pause_us: Option<u64>,

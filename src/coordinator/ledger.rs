@@ -28,6 +28,7 @@ use super::{
     flow::{Attempt, Flow, FlowView, Home, Note, NotedEnd, OnHost, Order, Path, PeerSays},
     host_path::Family,
     negotiation::{Input, Negotiation, Next, Output, Part},
+    tally::{Tally, Traffic},
     wire::{Attempted, Cause, Message, Rendezvous, Tuple},
 };
 use crate::{identity::Names, peers::PeerAddress, trace::Side, trust::Node, workload::Workload};
@@ -194,18 +195,12 @@ pub enum Action {
         direction: Direction,
         result: Result<Moved, Refusal>,
     },
-}
-
-/// Since the router started.
-#[derive(Clone, Debug, Default)]
-pub struct Counts {
-    pub swaps: u64,
-    pub swap_backs: u64,
-    pub refused: BTreeMap<&'static str, u64>,
-    /// What peers said about connections that they do not hold.
-    pub false_claims: u64,
-    /// Connections that were too many to be kept.
-    pub overflow: u64,
+    /// It is left on the overlay, without an attempt.
+    ReportRefusal {
+        conn: ConnId,
+        tuple: Tuple,
+        reason: Refusal,
+    },
 }
 
 pub struct Ledger {
@@ -222,7 +217,7 @@ pub struct Ledger {
     /// Attempts under way that we lead, and who waits for one of them to end.
     attempts: usize,
     line: VecDeque<Tuple>,
-    counts: Counts,
+    tally: Tally,
     numbers: u64,
     now: Instant,
     actions: Vec<Action>,
@@ -247,7 +242,7 @@ impl Ledger {
             stopping: None,
             attempts: 0,
             line: VecDeque::new(),
-            counts: Counts::default(),
+            tally: Tally::default(),
             numbers: seed,
             now,
             actions: Vec::new(),
@@ -270,7 +265,10 @@ impl Ledger {
             Event::ForwarderDown => self.forwarder_down(),
             Event::Prepared(conn, holder) => self.prepared(conn, holder),
             Event::Refused(conn, reason) => self.step_conn(conn, Input::Refused(reason)),
-            Event::Ended(conn, outcome) => self.step_conn(conn, Input::Ended(outcome)),
+            Event::Ended(conn, outcome) => {
+                self.count_pause(conn, &outcome);
+                self.step_conn(conn, Input::Ended(outcome));
+            }
             Event::ToPeer(conn, message) => self.relay(conn, message),
             Event::ParkedEnded(conn) => self.no_way_back(conn),
             Event::Path(conn, true) => self.step_conn(conn, Input::PathReady),
@@ -296,8 +294,16 @@ impl Ledger {
         self.flows().all(|flow| flow.attempt.is_none() && flow.order.is_none())
     }
 
-    pub fn counts(&self) -> &Counts {
-        &self.counts
+    pub fn tally(&self) -> &Tally {
+        &self.tally
+    }
+
+    pub fn is_stopping(&self) -> bool {
+        self.stopping.is_some()
+    }
+
+    pub fn get(&self, tuple: Tuple) -> Option<&Flow> {
+        self.flows.get(&tuple).map(Box::as_ref)
     }
 
     /// Connections on the host network; one within this host counts once.

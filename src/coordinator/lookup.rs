@@ -24,7 +24,7 @@ use crate::{
     identity::Names,
     peers::{Interfaces, Peers, Whereabouts},
     process::Processes,
-    rules::{Candidate, RuleSet, Verdict, is_never_swapped},
+    rules::{After, Candidate, Judged, RuleSet, Verdict, is_never_swapped},
     settings::Settings,
     trace::{Connection, Side},
     workload::{Workload, WorkloadSource, of_process},
@@ -47,8 +47,9 @@ pub struct Lookup {
     processes: Processes,
     /// Whoever sees new connections reads them as well.
     rules: watch::Sender<RuleSet>,
-    /// What was wrong with them the last time, so that it is said once.
+    /// What was wrong with them the last time, so that it is said once; and how often something else was.
     rules_error: Option<String>,
+    rule_errors: u64,
     own_netns: u32,
     routes: HashMap<IpAddr, (Instant, Whereabouts)>,
 }
@@ -62,7 +63,12 @@ struct Seen {
     socket: SocketInode,
 }
 
-fn side_of(record: &SocketRecord) -> Side {
+fn candidate(server: IpAddr, client: IpAddr, workload: &Workload) -> Candidate<'_> {
+    let Workload { pod_labels, container_labels, .. } = workload;
+    Candidate { server, client, pod_labels, container_labels }
+}
+
+pub fn side_of(record: &SocketRecord) -> Side {
     if record.accepted { Side::Server } else { Side::Client }
 }
 
@@ -90,6 +96,7 @@ impl Lookup {
             processes,
             rules,
             rules_error: None,
+            rule_errors: 0,
             own_netns,
             routes: HashMap::new(),
         })
@@ -98,6 +105,34 @@ impl Lookup {
     /// How many rules are in force.
     pub fn rules(&self) -> usize {
         self.rules.borrow().len()
+    }
+
+    /// What is wrong with the rules as they stand now, so that older ones are in force; and how often they were wrong.
+    pub fn rule_errors(&self) -> (Option<&str>, u64) {
+        (self.rules_error.as_deref(), self.rule_errors)
+    }
+
+    /// What the rules say of this connection, one by one, and when it is old enough.
+    pub fn judge(&self, side: Side, tuple: Tuple, workload: &Workload) -> (Vec<Judged>, After) {
+        let (server, client) = side.server_and_client(tuple.local.ip(), tuple.remote.ip());
+        let rules = self.rules.borrow();
+        (rules.judge(&candidate(server, client, workload)), rules.after(server, client))
+    }
+
+    /// Which of its addresses keeps it on the overlay, whatever the rules say.
+    pub fn never_swapped(&self, tuple: Tuple) -> Option<IpAddr> {
+        let addresses = [tuple.local.ip(), tuple.remote.ip()];
+        addresses.into_iter().find(|address| is_never_swapped(*address, &self.interfaces.addresses))
+    }
+
+    /// The container of a process.
+    pub fn container(&self, tgid: u32) -> io::Result<Workload> {
+        of_process(self.workloads.as_ref(), tgid)
+    }
+
+    /// Is this socket in the host's own network?
+    pub fn is_in_own_network(&self, record: &SocketRecord) -> bool {
+        record.netns == self.own_netns
     }
 
     /// A connection that tracing has shown; `None` if it is the host's own, or left to the next scan.
@@ -186,13 +221,7 @@ impl Lookup {
     /// Why our rules do not want it swapped.
     pub fn verdict(&self, side: Side, tuple: Tuple, workload: &Workload) -> Option<Refusal> {
         let (server, client) = side.server_and_client(tuple.local.ip(), tuple.remote.ip());
-        let candidate = Candidate {
-            server,
-            client,
-            pod_labels: &workload.pod_labels,
-            container_labels: &workload.container_labels,
-        };
-        match self.rules.borrow().decide(&candidate) {
+        match self.rules.borrow().decide(&candidate(server, client, workload)) {
             Verdict::Swap => None,
             Verdict::Leave { why } => {
                 log::debug!("{} - {}: left on the overlay: {why}", tuple.local, tuple.remote);
@@ -202,8 +231,7 @@ impl Lookup {
     }
 
     async fn home(&mut self, tuple: Tuple) -> Home {
-        let special = |address: IpAddr| is_never_swapped(address, &self.interfaces.addresses);
-        if special(tuple.local.ip()) || special(tuple.remote.ip()) {
+        if self.never_swapped(tuple).is_some() {
             return Home::Nowhere(Refusal::HostAddress);
         }
         match self.whereabouts(tuple.remote.ip()).await {
@@ -251,6 +279,7 @@ impl Lookup {
                 if self.rules_error.as_ref() != Some(&error) {
                     log::error!("the rules stay as they were: {error}");
                     self.rules_error = Some(error);
+                    self.rule_errors += 1;
                 }
                 false
             }

@@ -207,3 +207,51 @@ fn loopback_and_host_addresses_are_never_swapped() {
     check("192.0.2.7", true);
     check("10.244.1.10", false);
 }
+
+/// Each rule's word on a connection from 10.0.0.1 to 10.0.0.2, of a pod with app=shop.
+fn check_judged(texts: &[&str], expected: &[(bool, &str)]) {
+    let (pod_labels, container_labels) = (labels(&[("app", "shop")]), labels(&[]));
+    let (server, client) = ("10.0.0.2".parse().unwrap(), "10.0.0.1".parse().unwrap());
+    let candidate =
+        Candidate { server, client, pod_labels: &pod_labels, container_labels: &container_labels };
+    let rules = rules(texts);
+    let judged = rules.judge(&candidate);
+    let words: Vec<_> = judged.iter().map(|judged| (judged.holds, judged.why.as_str())).collect();
+    assert_eq!(words, expected);
+    let of_kind = |kind: fn(&Kind) -> bool| {
+        let mut words = rules.rules.iter().zip(&judged).filter(|(rule, _)| kind(&rule.kind)).peekable();
+        words.peek().is_none() || words.any(|(_, judged)| judged.holds)
+    };
+    assert_eq!(rules.decide(&candidate) == Verdict::Swap, Kind::is_of_each_kind().into_iter().all(of_kind));
+}
+
+#[test]
+fn each_rule_says_whether_it_holds_and_why() {
+    check_judged(
+        &["type=podLabel\nname=app\nvalue=web", "type=podLabel\nname=app\nvalue=shop"],
+        &[(false, "the pod has app=shop, app=web expected"), (true, "the pod has app=shop")],
+    );
+    check_judged(
+        &["type=containerLabel\nname=tier\nvalue=db"],
+        &[(false, "the container has no label tier, tier=db expected")],
+    );
+    check_judged(
+        &["type=cidr\nfrom=10.0.0.0/24", "type=cidr\nfrom=10.9.0.0/16\nto=10.0.0.0/24"],
+        &[
+            (true, "server 10.0.0.2 is in 10.0.0.0/24, client 10.0.0.1 is anywhere"),
+            (false, "server 10.0.0.2 is not in 10.9.0.0/16, client 10.0.0.1 is in 10.0.0.0/24"),
+        ],
+    );
+}
+
+#[test]
+fn a_reverse_rule_that_holds_only_the_other_way_round_says_so() {
+    check_judged(
+        &["type=cidr\nfrom=10.0.0.1/32\nreverse=true"],
+        &[(
+            true,
+            "server 10.0.0.2 is not in 10.0.0.1/32, client 10.0.0.1 is anywhere; \
+             reverse: client 10.0.0.1 is in 10.0.0.1/32, server 10.0.0.2 is anywhere",
+        )],
+    );
+}

@@ -10,7 +10,7 @@ use forwarder_api::{ConnId, Refusal, Request, SocketInode};
 
 use super::{
     Action, Flow, GRACE, Home, Input, Learned, Ledger, MAX_FLOWS, NotedEnd, OnHost, Path, PeerSays, Restored,
-    Stranded, Tuple,
+    Stranded, Traffic, Tuple,
 };
 
 impl Ledger {
@@ -40,7 +40,7 @@ impl Ledger {
             self.forget(tuple);
         }
         if self.flows.len() >= MAX_FLOWS {
-            self.counts.overflow += 1;
+            self.tally.overflow += 1;
             return;
         }
         let conn = ConnId(self.number());
@@ -91,7 +91,15 @@ impl Ledger {
         let mut gone = Vec::new();
         for flow in self.flows.values_mut() {
             match sockets.get(&flow.socket) {
-                Some((sent, received)) => (flow.bytes_sent, flow.bytes_received) = (*sent, *received),
+                Some((sent, received)) => {
+                    let more = flow.carried(Traffic { sent: *sent, received: *received });
+                    let of_path = if flow.on_host().is_some() {
+                        &mut self.tally.on_host
+                    } else {
+                        &mut self.tally.on_overlay
+                    };
+                    *of_path += more;
+                }
                 None if flow.changed.max(flow.tried) < began && flow.since < began => gone.push(flow.tuple),
                 None => {}
             }
@@ -126,6 +134,7 @@ impl Ledger {
                     socket: *socket,
                     peer_says: PeerSays::Wants,
                     swaps: 1,
+                    counted_on_overlay: None,
                     ..Flow::new(restored.conn, end.clone(), self.now)
                 };
                 self.forget(end.tuple);

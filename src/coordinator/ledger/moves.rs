@@ -2,13 +2,13 @@
 //! Moves under way, from the first question to the forwarder to what came of them.
 
 use forwarder_api::{
-    ConnId, Direction, Holder, Manner, Moved, OtherEnd, PrepareTarget, Refusal, Request, Role,
+    ConnId, Direction, Holder, Manner, Moved, OtherEnd, Outcome, PrepareTarget, Refusal, Request, Role,
 };
 
 use super::{
     Action, Attempt, Attempted, Cause, FIRST_RETRY, Flow, Home, Input, LAST_RETRY, Ledger, MAX_ATTEMPTS,
     Message, Names, Negotiation, Next, Note, ORDER_RETRY, OnHost, Output, Part, Path, PeerAddress, PeerSays,
-    STEP, Tuple,
+    STEP, Traffic, Tuple,
 };
 
 impl Ledger {
@@ -151,8 +151,8 @@ impl Ledger {
         match result {
             Ok(moved) => {
                 match direction {
-                    Direction::ToHost => self.counts.swaps += 1,
-                    Direction::ToOverlay => self.counts.swap_backs += 1,
+                    Direction::ToHost => self.tally.swaps += 1,
+                    Direction::ToOverlay => self.tally.swap_backs += 1,
                 }
                 let ends = if part == Part::Both { vec![tuple, tuple.reversed()] } else { vec![tuple] };
                 for (index, end) in ends.into_iter().enumerate() {
@@ -210,6 +210,7 @@ impl Ledger {
                     stalled: None,
                 });
                 flow.socket = moved.sockets.get(index).copied().unwrap_or(flow.socket);
+                flow.counted_on_overlay = flow.counted.replace(Traffic::default());
                 flow.reason = None;
                 flow.held = false;
                 flow.swaps += 1;
@@ -217,6 +218,7 @@ impl Ledger {
             Direction::ToOverlay => {
                 flow.path = Path::Overlay;
                 flow.socket = flow.overlay_socket;
+                flow.counted = flow.counted_on_overlay.take();
                 // Who was to stay there when the host path failed still is.
                 flow.held = attempt.cause == Cause::Order || flow.held && attempt.cause == Cause::HostPath;
                 flow.reason = Some(match attempt.cause {
@@ -238,7 +240,8 @@ impl Ledger {
     }
 
     pub(super) fn not_moved(&mut self, tuple: Tuple, attempt: &Attempt, reason: Refusal) {
-        self.refuse(tuple, reason);
+        // It is reported with the attempt.
+        self.note_refusal(tuple, reason);
         if reason == Refusal::NotEstablished {
             if attempt.negotiation.part == Part::Both {
                 self.forget(tuple.reversed());
@@ -302,9 +305,30 @@ impl Ledger {
 
     /// Leave it where it is, because.
     pub(super) fn refuse(&mut self, tuple: Tuple, reason: Refusal) {
-        let Some(flow) = self.flows.get_mut(&tuple) else { return };
-        if flow.reason.replace(reason) != Some(reason) || flow.failures > 0 {
-            *self.counts.refused.entry(reason.label()).or_default() += 1;
+        if let Some(conn) = self.note_refusal(tuple, reason) {
+            self.act(Action::ReportRefusal { conn, tuple, reason });
         }
+    }
+
+    /// The connection, if this is new of it.
+    fn note_refusal(&mut self, tuple: Tuple, reason: Refusal) -> Option<ConnId> {
+        let flow = self.flows.get_mut(&tuple)?;
+        let is_new = flow.reason.replace(reason) != Some(reason);
+        if is_new || flow.failures > 0 {
+            *self.tally.refused.entry(reason).or_default() += 1;
+        }
+        is_new.then_some(flow.conn)
+    }
+
+    pub(super) fn count_pause(&mut self, conn: ConnId, outcome: &Outcome) {
+        let flow = self.conns.get(&conn).and_then(|tuple| self.flows.get(tuple));
+        let Some(attempt) = flow.and_then(|flow| flow.attempt.as_ref()) else { return };
+        let (us, moved) = match outcome {
+            Outcome::Moved(moved) => (moved.pause_us, true),
+            // Given up before anything was stopped.
+            Outcome::Aborted { pause_us: 0, .. } => return,
+            Outcome::Aborted { pause_us, .. } => (*pause_us, false),
+        };
+        self.tally.pauses.of(attempt.negotiation.direction, moved).add(us);
     }
 }

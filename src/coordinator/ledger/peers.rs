@@ -140,7 +140,7 @@ impl Ledger {
     }
 
     fn accuse(&mut self, node: &Node, about: Option<Tuple>, home: Home) {
-        self.counts.false_claims += 1;
+        self.tally.false_claims += 1;
         let Some(tuple) = about else { return };
         let now = self.now;
         self.accused.retain(|_, at| now.saturating_duration_since(*at) < ACCUSATION);

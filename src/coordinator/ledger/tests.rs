@@ -82,6 +82,7 @@ impl World {
             | Action::DropPath(_)
             | Action::Report { .. }
             | Action::ReportFalseClaim { .. }
+            | Action::ReportRefusal { .. }
             | Action::ReportStall { .. } => {}
             Action::Tell(_, message) => {
                 self.said.push(message.clone());
@@ -206,7 +207,7 @@ fn a_connection_that_both_ends_want_is_swapped_whichever_learns_of_it_first() {
         world.learn(first, None);
         world.learn(1 - first, None);
         world.expect_all(Shown::Host);
-        assert_eq!(world.ledgers[0].counts().swaps, 1);
+        assert_eq!(world.ledgers[0].tally().swaps, 1);
     }
 }
 
@@ -669,6 +670,6 @@ fn a_peer_is_not_believed_about_a_connection_of_another() {
         }
     }
     assert_eq!(reports, 1, "one line a minute");
-    assert_eq!(world.ledgers[0].counts().false_claims, claims.len() as u64);
+    assert_eq!(world.ledgers[0].tally().false_claims, claims.len() as u64);
     world.expect_all(Shown::Host);
 }

@@ -35,8 +35,18 @@ struct State {
     forwarder: Option<Process>,
     /// Where both have their sockets, if not in the host's directory.
     sockets: Option<PathBuf>,
-    /// What they log finds no room.
-    logs_are_lost: bool,
+    logs: Logs,
+}
+
+/// What becomes of what router and forwarder log.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Logs {
+    #[default]
+    Kept,
+    /// It finds no room.
+    Lost,
+    /// Nobody reads it.
+    Blocked,
 }
 
 /// How a router is started.
@@ -265,7 +275,12 @@ impl Host {
 
     /// From now on, what router and forwarder log goes to a device that is full.
     pub fn lose_logs(&self) {
-        self.state().logs_are_lost = true;
+        self.state().logs = Logs::Lost;
+    }
+
+    /// From now on, what router and forwarder log goes to a pipe that is full and that nobody reads.
+    pub fn block_logs(&self) {
+        self.state().logs = Logs::Blocked;
     }
 
     fn socket(&self, name: &str) -> PathBuf {
@@ -318,16 +333,24 @@ impl Host {
     }
 
     fn start(&self, name: &str, command: &mut Command) -> Result<Process> {
-        let (number, logs_are_lost) = {
+        let (number, logs) = {
             let mut state = self.state();
             state.starts += 1;
-            (state.starts, state.logs_are_lost)
+            (state.starts, state.logs)
         };
         let name_of_logs = format!("{name}-{number}");
-        let process = if logs_are_lost {
-            self.place.spawn(&name_of_logs, &mut with_lost_logs(command))?
-        } else {
-            self.place.spawn(&name_of_logs, command)?
+        let process = match logs {
+            Logs::Kept => self.place.spawn(&name_of_logs, command)?,
+            Logs::Lost => self
+                .place
+                .spawn(&name_of_logs, &mut through_shell(command, "exec \"$0\" \"$@\" 2>/dev/full"))?,
+            Logs::Blocked => {
+                let pipe = self.place.directory.join(format!("{name_of_logs}.pipe"));
+                let pipe = pipe.display();
+                let script =
+                    format!("mkfifo {pipe}; exec 2<>{pipe}; head -c 65536 /dev/zero >&2; exec \"$0\" \"$@\"");
+                self.place.spawn(&name_of_logs, &mut through_shell(command, &script))?
+            }
         };
         ensure!(Path::new(&format!("/proc/{}", process.pid())).exists(), "{name} did not start");
         Ok(process)
@@ -338,12 +361,12 @@ impl Host {
     }
 }
 
-/// The same command, its standard error on a full device.
-fn with_lost_logs(command: &Command) -> Command {
-    let mut lost = Command::new("sh");
-    lost.args(["-c", "exec \"$0\" \"$@\" 2>/dev/full"]).arg(command.get_program()).args(command.get_args());
-    lost.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
-    lost
+/// The same command, started by a script.
+fn through_shell(command: &Command, script: &str) -> Command {
+    let mut shell = Command::new("sh");
+    shell.args(["-c", script]).arg(command.get_program()).args(command.get_args());
+    shell.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    shell
 }
 
 /// As the kernel lists it: flag 00010000 is `__SO_ACCEPTCON`.
