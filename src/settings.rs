@@ -7,6 +7,8 @@ use clap::{Args, Parser, Subcommand};
 use forwarder_api::ConnId;
 use log::LevelFilter;
 
+use crate::workload::WorkloadSettings;
+
 /// Moves live TCP connections of containers off the overlay network and onto the hosts' own network.
 #[derive(Parser)]
 #[command(version, args_conflicts_with_subcommands = true)]
@@ -91,9 +93,8 @@ pub struct Settings {
     #[arg(long, env = "ROUTER_RULES", default_value = "/etc/rules", value_name = "PATH")]
     pub rules: PathBuf,
 
-    /// YAML file that names containers and gives them labels, by cgroup.
-    #[arg(long, env = "ROUTER_LABELS", value_name = "FILE")]
-    pub labels: Option<PathBuf>,
+    #[command(flatten)]
+    pub workloads: WorkloadSettings,
 
     /// YAML file that says which host holds which overlay addresses; asked before the routes of OVERLAY_IF.
     #[arg(long, env = "ROUTER_PEERS", value_name = "FILE")]

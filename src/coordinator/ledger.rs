@@ -120,6 +120,8 @@ pub enum Event {
     Peer(PeerAddress, Message),
     /// Our rules have changed: what they say now.
     Verdict(Tuple, Option<Refusal>),
+    /// The container is known better, and what the rules say of it.
+    Workload(Tuple, Arc<Workload>, Option<Refusal>),
     /// A person wants it moved.
     Order(Tuple, Direction),
     Stop {
@@ -267,6 +269,7 @@ impl Ledger {
             Event::PeerDown(peer) => self.peer_down(peer),
             Event::Peer(peer, message) => self.peer_said(peer, message),
             Event::Verdict(tuple, declined) => self.verdict(tuple, declined),
+            Event::Workload(tuple, workload, declined) => self.workload(tuple, workload, declined),
             Event::Order(tuple, direction) => self.order(tuple, direction, Cause::Order, ORDER),
             Event::Stop { leave } => self.stop(leave),
             Event::Alarm => self.ring(),
