@@ -23,7 +23,7 @@ impl<'lab> Podman<'lab> {
         let directory = host.place().directory.join("podman");
         std::fs::create_dir_all(&directory)?;
         // What no setting can move.
-        let places = "/run/libpod /run/crun /run/containers /run/containerd /var/lib/containers";
+        let places = "/run/libpod /run/runc /run/containers /var/lib/containers";
         host.place().run_script(
             &["sh", "-e"],
             &format!("for place in {places}; do mkdir -p $place; mount -t tmpfs none $place; done\n"),
@@ -75,7 +75,9 @@ fn command(directory: &std::path::Path, arguments: &[&str]) -> Command {
     for (option, name) in [("--root", "root"), ("--runroot", "run"), ("--tmpdir", "tmp")] {
         command.arg(option).arg(directory.join(name));
     }
-    command.args("--cgroup-manager cgroupfs --storage-driver vfs --events-backend file".split(' '));
+    command.args(
+        "--cgroup-manager cgroupfs --storage-driver vfs --events-backend file --runtime runc".split(' '),
+    );
     command.args(arguments);
     command
 }
