@@ -11,6 +11,7 @@ use crate::{
     rules::{RuleError, RuleSet},
     settings::Settings,
     trust::Tls,
+    workload::Runtimes,
 };
 
 const BTF: &str = "/sys/kernel/btf/vmlinux";
@@ -38,6 +39,8 @@ pub struct Facts {
     pub pins_on_bpffs: bool,
     pub rules: Result<usize, String>,
     pub tls: Tls,
+    /// Container runtimes that are here: the name of each, or why it does not answer.
+    pub runtimes: Vec<Result<String, String>>,
     pub forwarder: PathBuf,
     pub forwarder_answers: bool,
 }
@@ -93,6 +96,7 @@ pub async fn probe(settings: &Settings) -> Facts {
             .map(|rules| rules.len())
             .map_err(|error: RuleError| error.to_string()),
         tls: Tls::look(&settings.trust, host_address),
+        runtimes: runtimes(settings).await,
         forwarder: settings.forwarder.clone(),
         forwarder_answers: std::os::unix::net::UnixStream::connect(&settings.forwarder).is_ok(),
     }
@@ -100,6 +104,18 @@ pub async fn probe(settings: &Settings) -> Facts {
 
 async fn interfaces(settings: &Settings) -> Result<Interfaces, PeerError> {
     Interfaces::find(&crate::peers::netlink()?, &settings.overlay_if, &settings.host_if).await
+async fn runtimes(settings: &Settings) -> Vec<Result<String, String>> {
+    let runtimes = match Runtimes::new(&settings.workloads.runtime) {
+        Ok(runtimes) => runtimes,
+        Err(error) => return vec![Err(error.to_string())],
+    };
+    let found = runtimes.probe().await.into_iter().map(|(socket, answer)| {
+        let socket = socket.display();
+        answer.map(|name| format!("{name} at {socket}")).map_err(|error| format!("{socket}: {error}"))
+    });
+    found.collect()
+}
+
 }
 
 /// The directory of this process's cgroup, where the hierarchy is mounted here.
@@ -170,6 +186,7 @@ pub fn judge(facts: &Facts) -> Vec<Line> {
             ),
         ),
         line("rules", of(&facts.rules.as_ref().map(|count| format!("{count}")).map_err(Clone::clone))),
+        line("runtime", runtime(&facts.runtimes)),
         line(
             "tls",
             match &facts.tls {
@@ -191,6 +208,22 @@ pub fn judge(facts: &Facts) -> Vec<Line> {
             },
         ),
     ]
+}
+
+/// Rules without labels need none.
+fn runtime(found: &[Result<String, String>]) -> Finding {
+    if let Some(Err(error)) = found.iter().find(|found| found.is_err()) {
+        return Finding::Waits(format!(
+            "{error}: start the container runtime, or give its socket with --runtime, or --runtime none"
+        ));
+    }
+    let names: Vec<&str> = found.iter().flatten().map(String::as_str).collect();
+    match names.as_slice() {
+        [] => {
+            Finding::Ok("none found: only ROUTER_LABELS has labels; if there is one, give --runtime".into())
+        }
+        names => Finding::Ok(names.join(", ")),
+    }
 }
 
 /// The first thing without which the router cannot run.
@@ -229,6 +262,7 @@ mod tests {
             pins_on_bpffs: true,
             rules: Ok(2),
             tls: Tls::Good("192.0.2.1 until 2030-01-01T00:00:00Z".into()),
+            runtimes: vec![Ok("containerd 1.6.20 at /run/containerd/containerd.sock".into())],
             forwarder: "/run/ebpf-router/forwarder.sock".into(),
             forwarder_answers: true,
         }
@@ -256,6 +290,18 @@ mod tests {
         check(|facts| facts.pins_on_bpffs = false, "mount -t bpf");
         check(|facts| facts.rules = Err("rules:3: rule r".into()), "rules:3");
         check(|facts| facts.tls = Tls::Unusable("tls.crt: cannot be read".into()), "tls.crt");
+    }
+
+    #[test]
+    fn a_runtime_that_does_not_answer_is_waited_for() {
+        let facts = Facts { runtimes: vec![Err("/run/x.sock: no answer".into())], ..capable() };
+        let lines = judge(&facts);
+        assert_eq!(obstacle(&lines), None);
+        assert!(
+            lines
+                .iter()
+                .any(|line| matches!(&line.finding, Finding::Waits(text) if text.contains("--runtime")))
+        );
     }
 
     #[test]

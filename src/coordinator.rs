@@ -53,7 +53,7 @@ pub use session::listen;
 pub use tally::Histogram;
 
 use asked::AfterScan;
-use flow::Note;
+use flow::{Flow, Note};
 use host_path::{Arrived, HostPath, Line};
 use ledger::{Event, Ledger, Restored};
 use session::SessionEvent;
@@ -67,6 +67,7 @@ use crate::{
     stall::{HostSocket, Watch},
     trace::{Scope, TraceEvent, Tracer},
     trust::Trust,
+    workload::Told,
 };
 
 /// Between two looks at rules that may have changed, and at connections that may be over.
@@ -132,6 +133,8 @@ pub struct Parts {
 /// What the coordinator hears, besides what it opens itself.
 pub struct Inlets {
     pub traced: mpsc::Receiver<TraceEvent>,
+    /// Container runtimes' answers.
+    pub told: mpsc::Receiver<Told>,
     /// ROUTER_PORT
     pub peers: TcpListener,
     pub wishes: mpsc::Receiver<Wish>,
@@ -212,6 +215,7 @@ pub async fn run(parts: Parts, mut inlets: Inlets) -> anyhow::Result<()> {
         let alarm = coordinator.ledger.alarm().or(stop_by);
         tokio::select! {
             Some(event) = inlets.traced.recv() => coordinator.traced(event).await,
+            Some(said) = inlets.told.recv() => coordinator.told(said).await,
             Some(event) = forwarder.recv() => coordinator.forwarder(event).await,
             Some(event) = sessions.recv() => coordinator.session(event).await,
             Some(line) = arrived.recv() => coordinator.arrived(line).await,
@@ -255,6 +259,26 @@ impl Coordinator {
             },
         };
         self.handle(event).await;
+    }
+
+    async fn told(&mut self, said: Told) {
+        self.parts.lookup.told(said);
+        self.look_for_workloads().await;
+    }
+
+    /// Connections of containers that no runtime has told of: has one now?
+    async fn look_for_workloads(&mut self) {
+        let is_unknown = |flow: &&Flow| !flow.workload.unknown.is_empty();
+        let mut found = Vec::new();
+        for flow in self.ledger.flows().filter(is_unknown) {
+            if let Some(workload) = self.parts.lookup.resolve(&flow.workload) {
+                let declined = self.parts.lookup.verdict(flow.side, flow.tuple, &workload);
+                found.push((flow.tuple, workload, declined));
+            }
+        }
+        for (tuple, workload, declined) in found {
+            self.handle(Event::Workload(tuple, workload, declined)).await;
+        }
     }
 
     async fn forwarder(&mut self, event: ForwarderEvent) {
@@ -459,6 +483,7 @@ impl Coordinator {
                 self.handle(Event::Verdict(tuple, declined)).await;
             }
         }
+        self.look_for_workloads().await;
     }
 
     /// Is the host path of every swapped connection alive?

@@ -47,7 +47,7 @@ use settings::{Arguments, Command, Settings};
 use stall::Watch;
 use trace::{Scope, Side, Telling, TraceEvent, Tracer};
 use trust::Trust;
-use workload::{StaticWorkloads, of_process};
+use workload::{Runtimes, Told, Workloads};
 
 /// Events of tracing that may wait; more are lost, counted.
 const TRACED: usize = 16384;
@@ -117,7 +117,7 @@ async fn run(settings: Settings) -> Result<()> {
         bail!("{obstacle}");
     }
     let rules = RuleSet::load(&settings.rules)?;
-    let workloads = workloads(&settings)?;
+    let (workloads, told) = workloads(&settings)?;
     let netlink = peers::netlink()?;
     let interfaces = Interfaces::find(&netlink, &settings.overlay_if, &settings.host_if).await?;
     let IpAddr::V4(host_address) = interfaces.host_address else { bail!("HOST_IF has no IPv4 address") };
@@ -145,10 +145,10 @@ async fn run(settings: Settings) -> Result<()> {
         settings.router_port,
         settings.control.display()
     );
-    let lookup = Lookup::new(netlink, interfaces, peers, Box::new(workloads), processes, rules)?;
+    let lookup = Lookup::new(netlink, interfaces, peers, workloads, processes, rules)?;
     let serving = tokio::spawn(control.serve(wishes));
     let parts = Parts { settings, host_address, lookup, identity, scope, tracer, watch, trust };
-    let inlets = Inlets { traced: from_trace, peers: listener, wishes: from_control };
+    let inlets = Inlets { traced: from_trace, told, peers: listener, wishes: from_control };
     let result = coordinator::run(parts, inlets).await;
     // Its socket goes with it.
     serving.abort();
@@ -168,7 +168,7 @@ async fn check(settings: Settings) -> Result<()> {
 }
 
 async fn print_traced(settings: Settings) -> Result<()> {
-    let workloads = workloads(&settings)?;
+    let (mut workloads, mut told) = workloads(&settings)?;
     let scope_path = settings.scope()?;
     let scope = Scope::of(&scope_path)?;
     let identity = Identity::attach(&scope_path, &settings.pins)?;
@@ -183,18 +183,17 @@ async fn print_traced(settings: Settings) -> Result<()> {
             Some(event) = from_trace.recv() => if let TraceEvent::Connection(seen) = event {
                 let verb = if seen.side == Side::Client { "connect" } else { "accept " };
                 let process = processes.find(seen.cgroup_id, seen.netns)?;
-                let workload = process.map(|tgid| of_process(&workloads, tgid)).transpose()?.unwrap_or_default();
+                let workload = process.map(|tgid| workloads.of_process(tgid)).transpose()?.unwrap_or_default();
                 println!("{verb} {} - {} by {}", seen.local, seen.remote, workload.name);
             },
+            Some(said) = told.recv() => workloads.learn(said),
             _ = &mut interrupted => break,
         }
     }
     identity.unpin().with_context(|| format!("{}", settings.pins.display()))
 }
 
-fn workloads(settings: &Settings) -> Result<StaticWorkloads> {
-    Ok(match &settings.labels {
-        Some(path) => StaticWorkloads::load(path)?,
-        None => StaticWorkloads::default(),
-    })
+fn workloads(settings: &Settings) -> Result<(Workloads, mpsc::Receiver<Told>)> {
+    let settings = &settings.workloads;
+    Ok(Workloads::open(settings.labels.as_deref(), Runtimes::new(&settings.runtime)?)?)
 }

@@ -10,6 +10,7 @@ use log::LevelFilter;
 use crate::{
     commands::Asked,
     trust::{TrustSettings, pki::PkiCommand},
+    workload::WorkloadSettings,
 };
 
 /// Moves live TCP connections of containers off the overlay network and onto the hosts' own network.
@@ -117,9 +118,8 @@ pub struct Settings {
     #[arg(long, env = "ROUTER_RULES", default_value = "/etc/rules", value_name = "PATH")]
     pub rules: PathBuf,
 
-    /// YAML file that names containers and gives them labels, by cgroup.
-    #[arg(long, env = "ROUTER_LABELS", value_name = "FILE")]
-    pub labels: Option<PathBuf>,
+    #[command(flatten)]
+    pub workloads: WorkloadSettings,
 
     /// YAML file that says which host holds which overlay addresses; asked before the routes of OVERLAY_IF.
     #[arg(long, env = "ROUTER_PEERS", value_name = "FILE")]

@@ -1,145 +1,185 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Which container a process belongs to, and the labels that rules ask for.
+//!
+//! ```text
+//!   /proc/PID/cgroup ──▶ labels file ──▶ what was told before ──▶ a task asks the runtimes ──▶ Told
+//!                        (ROUTER_LABELS)                           (CRI, Docker, Podman)
+//! ```
+//!
+//! Nobody waits for a runtime: a container that none has told of yet is shown by the end of its cgroup's path, without
+//! labels, and its connections are looked at again when one has. It is asked about once, because a runtime fixes the
+//! labels of a container when it makes it, and no two have the same id: there is nothing that would have to be followed.
+//! What changes later, such as a pod's labels in Kubernetes, no runtime is told.
+
+mod cgroup;
+mod cri;
+mod docker;
+mod labels_file;
+mod runtimes;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     io,
-    path::{Path, PathBuf},
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
 };
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+
+pub use cgroup::ContainerId;
+pub use runtimes::{Runtimes, WorkloadSettings};
+
+use labels_file::{LabelError, LabelsFile};
+use runtimes::Answer;
+
+/// The most containers that are remembered, and about which runtimes are asked at once.
+const MAX_KNOWN: usize = 4096;
+const MAX_ASKED: usize = 256;
+/// How long a container stays unknown that no runtime knows: another program's, such as systemd-nspawn's.
+const NOWHERE: Duration = Duration::from_secs(30);
+/// The longest label that is kept, name and value, bytes: one of Kubernetes has up to 380. A container of Docker has
+/// those of its image too, and most that are longer are texts for people.
+const MAX_LABEL: usize = 512;
+const MAX_LABELS: usize = 256;
 
 /// A container, as far as it is known.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Workload {
-    /// `pod/container`, or the end of the cgroup's path.
+    /// `namespace/pod/container` as the runtime has it, or the end of the cgroup's path.
     pub name: String,
     pub pod_labels: BTreeMap<String, String>,
     pub container_labels: BTreeMap<String, String>,
+    /// Until a runtime has told its labels: the container and those around it, the innermost first.
+    pub unknown: Vec<ContainerId>,
 }
 
-/// Who knows containers: a static file here, a container runtime elsewhere.
-pub trait WorkloadSource: Send + Sync {
-    /// The container of the process whose cgroup is this path below the root of the v2 hierarchy.
-    fn of_cgroup(&self, cgroup: &str) -> Workload;
+/// What the runtimes have said of a container.
+pub struct Told {
+    container: ContainerId,
+    answer: Answer,
 }
 
-/// The container of a process of this host. A process that has ended belongs to none.
-pub fn of_process(source: &dyn WorkloadSource, tgid: u32) -> io::Result<Workload> {
-    let cgroups = match std::fs::read_to_string(format!("/proc/{tgid}/cgroup")) {
-        Err(error) if matches!(error.raw_os_error(), Some(nix::libc::ENOENT | nix::libc::ESRCH)) => {
-            String::new()
-        }
-        cgroups => cgroups?,
-    };
-    let cgroup = cgroups.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or_default();
-    Ok(source.of_cgroup(cgroup))
+/// Who knows the containers of this host.
+pub struct Workloads {
+    file: LabelsFile,
+    runtimes: Arc<Runtimes>,
+    known: HashMap<ContainerId, Known>,
+    told: mpsc::Sender<Told>,
 }
 
-#[derive(Debug, thiserror::Error)]
-pub enum LabelError {
-    #[error("{path}: cannot be read: {source}", path = path.display())]
-    Unreadable { path: PathBuf, source: std::io::Error },
-    #[error("{path}: {source}; expected a list `containers` of entries with cgroup, pod, container, podLabels and containerLabels", path = path.display())]
-    Malformed { path: PathBuf, source: serde_yaml::Error },
-    #[error("{path}: entry {number} has an empty cgroup: expected the end of a cgroup's path, such as pod1234/web", path = path.display())]
-    NoCgroup { path: PathBuf, number: usize },
+enum Known {
+    Asked,
+    Is(Workload),
+    /// When all runtimes have said so.
+    Nowhere(Instant),
 }
 
-/// Containers from a file that an operator wrote. Without a file, none has labels.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct StaticWorkloads {
-    containers: Vec<Entry>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct Entry {
-    /// Directory names that follow each other somewhere in the path of the process's cgroup.
-    cgroup: String,
-    #[serde(default)]
-    pod: String,
-    #[serde(default)]
-    container: String,
-    #[serde(default)]
-    pod_labels: BTreeMap<String, String>,
-    #[serde(default)]
-    container_labels: BTreeMap<String, String>,
-}
-
-impl StaticWorkloads {
-    pub fn load(path: &Path) -> Result<StaticWorkloads, LabelError> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| LabelError::Unreadable { path: path.to_owned(), source })?;
-        let loaded: StaticWorkloads = serde_yaml::from_str(&text)
-            .map_err(|source| LabelError::Malformed { path: path.to_owned(), source })?;
-        match loaded.containers.iter().position(|entry| entry.cgroup.trim_matches('/').is_empty()) {
-            Some(index) => Err(LabelError::NoCgroup { path: path.to_owned(), number: index + 1 }),
-            None => Ok(loaded),
-        }
+impl Workloads {
+    /// What runtimes say comes to the receiver, and is to be given to [`Workloads::learn`].
+    pub fn open(
+        labels: Option<&Path>,
+        runtimes: Runtimes,
+    ) -> Result<(Workloads, mpsc::Receiver<Told>), LabelError> {
+        let file = labels.map(LabelsFile::load).transpose()?.unwrap_or_default();
+        // Room for all that are asked: nobody waits to give an answer.
+        let (told, receiver) = mpsc::channel(MAX_ASKED);
+        Ok((Workloads { file, runtimes: Arc::new(runtimes), known: HashMap::new(), told }, receiver))
     }
-}
 
-impl WorkloadSource for StaticWorkloads {
-    fn of_cgroup(&self, cgroup: &str) -> Workload {
-        let path = format!("/{}/", cgroup.trim_matches('/'));
-        let of_entry = |entry: &&Entry| path.contains(&format!("/{}/", entry.cgroup.trim_matches('/')));
-        match self.containers.iter().find(of_entry) {
-            Some(entry) => Workload {
-                name: format!("{}/{}", entry.pod, entry.container).trim_matches('/').to_owned(),
-                pod_labels: entry.pod_labels.clone(),
-                container_labels: entry.container_labels.clone(),
-            },
-            None => {
-                let mut names: Vec<&str> = path.rsplit('/').filter(|name| !name.is_empty()).take(2).collect();
-                names.reverse();
-                Workload { name: names.join("/"), ..Workload::default() }
+    /// The container of a process of this host. A process that has ended belongs to none.
+    pub fn of_process(&mut self, tgid: u32) -> io::Result<Workload> {
+        let cgroups = match std::fs::read_to_string(format!("/proc/{tgid}/cgroup")) {
+            Err(error) if matches!(error.raw_os_error(), Some(nix::libc::ENOENT | nix::libc::ESRCH)) => {
+                String::new()
             }
+            cgroups => cgroups?,
+        };
+        let paths = cgroup::paths(&cgroups);
+        if let Some(workload) = self.file.find(&paths) {
+            return Ok(workload);
         }
+        let unknown = if self.runtimes.are_none() { Vec::new() } else { cgroup::containers(&cgroups) };
+        let untold = Workload { name: end_of_path(&paths), unknown, ..Workload::default() };
+        Ok(self.resolve(&untold).unwrap_or(untold))
     }
+
+    /// The same container, if a runtime has told of it since. Otherwise they are asked.
+    pub fn resolve(&mut self, untold: &Workload) -> Option<Workload> {
+        let container = untold.unknown.first()?;
+        match self.known.get(container) {
+            Some(Known::Is(workload)) => return Some(workload.clone()),
+            Some(Known::Asked) => return None,
+            Some(Known::Nowhere(since)) if since.elapsed() < NOWHERE => return None,
+            Some(Known::Nowhere(_)) | None => {}
+        }
+        let asked = self.known.values().filter(|known| matches!(known, Known::Asked)).count();
+        if asked < MAX_ASKED {
+            if self.known.len() >= MAX_KNOWN {
+                self.known.retain(|_, known| matches!(known, Known::Asked));
+            }
+            self.known.insert(container.clone(), Known::Asked);
+            self.ask(untold.unknown.clone());
+        }
+        None
+    }
+
+    fn ask(&self, containers: Vec<ContainerId>) {
+        let (runtimes, told) = (Arc::clone(&self.runtimes), self.told.clone());
+        tokio::spawn(async move {
+            let answer = runtimes.find(&containers).await;
+            if let Some(container) = containers.into_iter().next() {
+                // Nobody hears it where the router has stopped.
+                let _ = told.send(Told { container, answer }).await;
+            }
+        });
+    }
+
+    pub fn learn(&mut self, Told { container, answer }: Told) {
+        match answer {
+            Answer::Is(workload) => {
+                log::debug!("container {} is {}", container.short(), workload.name);
+                self.known.insert(container, Known::Is(workload))
+            }
+            Answer::Nowhere => {
+                log::debug!("container {} is known to no runtime", container.short());
+                self.known.insert(container, Known::Nowhere(Instant::now()))
+            }
+            Answer::Unreachable => self.known.remove(&container),
+        };
+    }
+}
+
+/// A container that has no other name.
+fn end_of_path(paths: &[&str]) -> String {
+    let path = paths.iter().find(|path| path.len() > 1).copied().unwrap_or_default();
+    let mut names: Vec<&str> = path.rsplit('/').filter(|name| !name.is_empty()).take(2).collect();
+    names.reverse();
+    names.join("/")
+}
+
+/// What is kept of a container's labels.
+fn kept(labels: BTreeMap<String, String>) -> BTreeMap<String, String> {
+    let is_short = |(name, value): &(String, String)| name.len() + value.len() <= MAX_LABEL;
+    labels.into_iter().filter(is_short).take(MAX_LABELS).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const FILE: &str = "
-containers:
-  - cgroup: pod1/web
-    pod: shop
-    container: web
-    podLabels: { app: shop }
-    containerLabels: { tier: web }
-";
-
-    fn source() -> StaticWorkloads {
-        serde_yaml::from_str(FILE).unwrap()
-    }
-
-    #[test]
-    fn a_container_is_found_by_a_part_of_its_cgroup_path() {
-        let found = source().of_cgroup("/kubepods/burstable/pod1/web/init.scope");
-        assert_eq!((found.name.as_str(), found.pod_labels["app"].as_str()), ("shop/web", "shop"));
-        assert_eq!(source().of_cgroup("/pod1/web").container_labels["tier"], "web");
-    }
-
-    #[test]
-    fn part_of_a_directory_name_does_not_match() {
-        assert!(source().of_cgroup("/pod1/web2").pod_labels.is_empty());
-        assert!(source().of_cgroup("/xpod1/web").pod_labels.is_empty());
-    }
-
     #[test]
     fn an_unknown_container_is_named_after_the_end_of_its_cgroup_path() {
-        assert_eq!(source().of_cgroup("/kubepods/burstable/pod7/db").name, "pod7/db");
-        assert_eq!(source().of_cgroup("/").name, "");
+        assert_eq!(end_of_path(&["/kubepods/burstable/pod7/db"]), "pod7/db");
+        assert_eq!(end_of_path(&["/", "/docker/7"]), "docker/7");
+        assert_eq!(end_of_path(&["/"]), "");
     }
 
     #[test]
-    fn an_unknown_word_in_the_file_is_named() {
-        let text = "containers: [{ cgroup: a, podLables: { app: x } }]";
-        let error = serde_yaml::from_str::<StaticWorkloads>(text).unwrap_err().to_string();
-        assert!(error.contains("podLables"), "{error}");
+    fn texts_for_people_are_not_kept_as_labels() {
+        let labels = [("app", "shop"), ("licence", &"x".repeat(600))];
+        let labels = labels.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        assert_eq!(kept(labels.into()).into_keys().collect::<Vec<_>>(), ["app"]);
     }
 }

@@ -123,6 +123,8 @@ pub enum Event {
     Peer(Node, Message),
     /// Our rules have changed: what they say now.
     Verdict(Tuple, Option<Refusal>),
+    /// The container is known better, and what the rules say of it.
+    Workload(Tuple, Arc<Workload>, Option<Refusal>),
     /// A person wants it moved.
     Order(Tuple, Direction),
     Stop {
@@ -277,6 +279,7 @@ impl Ledger {
             Event::PeerDown(peer) => self.peer_down(peer),
             Event::Peer(node, message) => self.peer_said(&node, message),
             Event::Verdict(tuple, declined) => self.verdict(tuple, declined),
+            Event::Workload(tuple, workload, declined) => self.workload(tuple, workload, declined),
             Event::Order(tuple, direction) => self.order(tuple, direction, Cause::Order, ORDER),
             Event::Stop { leave } => self.stop(leave),
             Event::Alarm => self.ring(),

@@ -27,7 +27,7 @@ use crate::{
     rules::{After, Candidate, Judged, RuleSet, Verdict, is_never_swapped},
     settings::Settings,
     trace::{Connection, Side},
-    workload::{Workload, WorkloadSource, of_process},
+    workload::{Told, Workload, Workloads},
 };
 
 /// How long a route that was looked up is believed, and how many are kept.
@@ -41,7 +41,7 @@ pub struct Lookup {
     interfaces: Interfaces,
     attachments: Attachments,
     peers: Peers,
-    workloads: Box<dyn WorkloadSource>,
+    workloads: Workloads,
     /// Each once: a container may have thousands of connections.
     containers: HashSet<Arc<Workload>>,
     processes: Processes,
@@ -81,7 +81,7 @@ impl Lookup {
         netlink: rtnetlink::Handle,
         interfaces: Interfaces,
         peers: Peers,
-        workloads: Box<dyn WorkloadSource>,
+        workloads: Workloads,
         processes: Processes,
         rules: watch::Sender<RuleSet>,
     ) -> io::Result<Lookup> {
@@ -199,16 +199,32 @@ impl Lookup {
     }
 
     fn workload(&mut self, tgid: u32) -> Option<Arc<Workload>> {
-        let workload = of_process(self.workloads.as_ref(), tgid)
+        let workload = self
+            .workloads
+            .of_process(tgid)
             .inspect_err(|error| log::warn!("process {tgid}: its container cannot be told now: {error}"))
             .ok()?;
+        Some(self.once(workload))
+    }
+
+    pub fn told(&mut self, said: Told) {
+        self.workloads.learn(said);
+    }
+
+    /// The same container, if a runtime has told of it since.
+    pub fn resolve(&mut self, untold: &Workload) -> Option<Arc<Workload>> {
+        let workload = self.workloads.resolve(untold)?;
+        Some(self.once(workload))
+    }
+
+    fn once(&mut self, workload: Workload) -> Arc<Workload> {
         if let Some(known) = self.containers.get(&workload) {
-            return Some(Arc::clone(known));
+            return Arc::clone(known);
         }
         self.containers.retain(|known| Arc::strong_count(known) > 1);
         let workload = Arc::new(workload);
         self.containers.insert(Arc::clone(&workload));
-        Some(workload)
+        workload
     }
 
     async fn is_attached(&mut self, tgid: u32) -> bool {

@@ -375,6 +375,20 @@ fn rules_that_no_longer_want_a_connection_take_it_back() {
 }
 
 #[test]
+fn labels_that_come_late_decide_as_if_they_had_been_there() {
+    for (host, of_host) in [(0, tuple()), (1, tuple().reversed())] {
+        let mut world = World::swapped();
+        let workload = Arc::new(Workload { name: "default/shop/web".into(), ..Workload::default() });
+        let declined = Some(Refusal::NoRuleMatches);
+        world.at(host, Event::Workload(of_host, Arc::clone(&workload), declined));
+        world.expect_all(Shown::Overlay);
+        world.at(host, Event::Workload(of_host, workload, None));
+        world.expect_all(Shown::Host);
+        assert_eq!(world.ledgers[host].views()[0].workload, "default/shop/web");
+    }
+}
+
+#[test]
 fn the_end_of_a_host_socket_releases_what_is_parked() {
     let mut world = World::swapped();
     let swap = world.ledgers[0].flows().next().and_then(Flow::on_host).map(|on_host| on_host.swap).unwrap();

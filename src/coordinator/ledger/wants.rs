@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What is wanted of each connection: by rules, by people, by a stop.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use forwarder_api::{Direction, Refusal};
 
@@ -9,6 +9,7 @@ use super::{
     ASK_AGAIN, Action, Attempt, Cause, Flow, Home, Input, Ledger, MAX_ATTEMPTS, Message, ORDER, Order, Part,
     PeerSays, STOP, Stopping, Tuple,
 };
+use crate::workload::Workload;
 
 impl Ledger {
     pub(super) fn verdict(&mut self, tuple: Tuple, declined: Option<Refusal>) {
@@ -28,6 +29,13 @@ impl Ledger {
         }
         self.tell_know(tuple, true);
         self.consider(tuple);
+    }
+
+    pub(super) fn workload(&mut self, tuple: Tuple, workload: Arc<Workload>, declined: Option<Refusal>) {
+        if let Some(flow) = self.flows.get_mut(&tuple) {
+            flow.workload = workload;
+        }
+        self.verdict(tuple, declined);
     }
 
     pub(super) fn order(&mut self, tuple: Tuple, direction: Direction, cause: Cause, time: Duration) {

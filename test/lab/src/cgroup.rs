@@ -32,6 +32,11 @@ impl Cgroup {
         &self.path
     }
 
+    /// Below the root of its hierarchy, from `/`.
+    pub fn relative(&self) -> Result<PathBuf> {
+        Ok(Path::new("/").join(self.path.strip_prefix(Cgroup::root()?.path())?))
+    }
+
     pub fn child(&self, name: &str) -> Cgroup {
         Cgroup { path: self.path.join(name) }
     }

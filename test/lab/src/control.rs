@@ -22,6 +22,8 @@ pub struct Flow {
     pub remote: String,
     pub path: String,
     #[serde(default)]
+    pub workload: String,
+    #[serde(default)]
     pub pause_us: Option<u64>,
     /// How many connections moved in the same freeze.
     #[serde(default)]

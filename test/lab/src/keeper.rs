@@ -29,6 +29,10 @@ while [ -d "$1" ] && [ $tries -lt 500 ]; do
     find "$1" -depth -type d -exec rmdir {} \; 2>/dev/null || sleep 0.02
     tries=$((tries + 1))
 done
+# Containers are in the hierarchies of version 1 too, where there are any.
+for directory in /sys/fs/cgroup/*/"$(basename "$1")"; do
+    [ ! -d "$directory" ] || find "$directory" -depth -type d -exec rmdir {} \; 2>/dev/null
+done
 rm -rf --one-file-system "$2"
 rmdir "$(dirname "$2")" 2>/dev/null
 [ ! -d "$1" ]

@@ -31,7 +31,9 @@ mod program;
 mod scene;
 mod wait;
 
+pub mod containerd;
 pub mod measure;
+pub mod podman;
 pub mod programs;
 pub mod transparency;
 pub mod workload;

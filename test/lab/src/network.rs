@@ -14,7 +14,7 @@ use crate::{Host, Namespace, Place};
 pub const OVERLAY_IF: &str = "overlay0";
 pub const HOST_IF: &str = "eth0";
 const UNDERLAY_IF: &str = "eth1";
-const MTU: u32 = 1450;
+pub const MTU: u32 = 1450;
 
 pub fn host_address(host: u8) -> Ipv4Addr {
     Ipv4Addr::new(192, 168, 77, host)

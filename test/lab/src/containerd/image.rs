@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Images made on the spot: a program or two, and the libraries that they need.
+
+use std::{
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+
+use crate::program;
+
+/// busybox and `stream`; by itself it sleeps, as the first process of a pod does.
+pub const LAB_IMAGE: &str = "docker.io/lab/programs:1";
+
+pub struct Image;
+
+impl Image {
+    /// Makes [`LAB_IMAGE`] as a tar in this directory.
+    pub fn of_lab(directory: &Path) -> Result<PathBuf> {
+        let root = directory.join("rootfs");
+        let bin = root.join("bin");
+        std::fs::create_dir_all(&bin)?;
+        std::fs::copy("/bin/busybox", bin.join("busybox")).context("/bin/busybox: run ./init.sh")?;
+        symlink("busybox", bin.join("sh"))?;
+        copy_with_libraries(&program("stream")?, &root, "bin/stream")?;
+        let entrypoint = ["/bin/busybox", "sleep", "2147483647"];
+        Image::pack(directory, &root, LAB_IMAGE, &entrypoint)
+    }
+
+    /// Makes a tar, as `docker save` does, of a directory.
+    pub fn pack(directory: &Path, root: &Path, name: &str, entrypoint: &[&str]) -> Result<PathBuf> {
+        let (layer, image) = (directory.join("layer.tar"), directory.join("image.tar"));
+        run(Command::new("tar").arg("-C").arg(root).arg("-cf").arg(&layer).arg("."))?;
+        let digest = run(Command::new("sha256sum").arg(&layer))?;
+        let digest = digest.split(' ').next().context("no digest")?;
+        let config = json!({
+            "architecture": "amd64", "os": "linux",
+            "config": { "Entrypoint": entrypoint, "Env": ["PATH=/bin"] },
+            "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{digest}")] },
+        });
+        let manifest = json!([{ "Config": "config.json", "RepoTags": [name], "Layers": ["layer.tar"] }]);
+        std::fs::write(directory.join("config.json"), config.to_string())?;
+        std::fs::write(directory.join("manifest.json"), manifest.to_string())?;
+        let files = ["manifest.json", "config.json", "layer.tar"];
+        run(Command::new("tar").arg("-C").arg(directory).arg("-cf").arg(&image).args(files))?;
+        std::fs::remove_file(&layer)?;
+        Ok(image)
+    }
+}
+
+/// Copies a program, stripped, to `name` below `root`, and its libraries to where it looks for them.
+fn copy_with_libraries(program: &Path, root: &Path, name: &str) -> Result<()> {
+    run(Command::new("strip").arg("-o").arg(root.join(name)).arg(program))?;
+    let libraries = run(Command::new("ldd").arg(program))?;
+    for library in libraries.split_whitespace().filter_map(|word| word.strip_prefix('/')) {
+        let copy = root.join(library);
+        std::fs::create_dir_all(copy.parent().unwrap_or(root))?;
+        std::fs::copy(Path::new("/").join(library), copy)?;
+    }
+    Ok(())
+}
+
+fn run(command: &mut Command) -> Result<String> {
+    let output = command.output().with_context(|| format!("starting {command:?}"))?;
+    ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
