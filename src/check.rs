@@ -104,6 +104,8 @@ pub async fn probe(settings: &Settings) -> Facts {
 
 async fn interfaces(settings: &Settings) -> Result<Interfaces, PeerError> {
     Interfaces::find(&crate::peers::netlink()?, &settings.overlay_if, &settings.host_if).await
+}
+
 async fn runtimes(settings: &Settings) -> Vec<Result<String, String>> {
     let runtimes = match Runtimes::new(&settings.workloads.runtime) {
         Ok(runtimes) => runtimes,
@@ -114,8 +116,6 @@ async fn runtimes(settings: &Settings) -> Vec<Result<String, String>> {
         answer.map(|name| format!("{name} at {socket}")).map_err(|error| format!("{socket}: {error}"))
     });
     found.collect()
-}
-
 }
 
 /// The directory of this process's cgroup, where the hierarchy is mounted here.

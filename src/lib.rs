@@ -23,8 +23,8 @@ mod stall;
 mod terminal;
 mod trace;
 mod trust;
-pub mod untrusted;
 mod units;
+pub mod untrusted;
 mod web;
 mod workload;
 
