@@ -11,7 +11,7 @@ packages=(
     iproute2 procps util-linux nftables                          # the lab
     iperf3 sockperf                                              # throughput and latency
     nftables musl-tools gcc-multilib                             # the matrix: NAT, and programs of other kinds
-    containerd runc containernetworking-plugins podman conmon # containers
+    containerd runc containernetworking-plugins podman conmon docker.io # containers
     qemu-system-x86 busybox-static cpio jq                       # the second kernel
 )
 if [[ " $* " == *" web "* ]]; then

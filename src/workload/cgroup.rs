@@ -93,6 +93,12 @@ mod tests {
     }
 
     #[test]
+    fn a_reader_in_a_cgroup_namespace_of_its_own_sees_paths_from_there() {
+        check("0::/../../pod7e1c/{A}\n", &[A]);
+        check("0::/../../../system.slice/docker-{A}.scope\n", &[A]);
+    }
+
+    #[test]
     fn the_container_within_another_comes_first() {
         check("0::/docker/{B}/kubelet/kubepods/besteffort/pod7e1c/{A}\n", &[A, B]);
         check(

@@ -11,17 +11,23 @@ use super::{Workload, cgroup::ContainerId, kept};
 
 /// The name of the runtime and its version.
 pub async fn version(client: &Client) -> Result<String, Error> {
-    let answer = client.ask(VersionRequest {}).await?;
-    Ok(format!("{} {}", answer.runtime_name, answer.runtime_version))
+    match client.ask(VersionRequest {}).await {
+        Err(error) if speaks_no_cri(&error) => Ok("a runtime without CRI".into()),
+        answer => answer.map(|answer| format!("{} {}", answer.runtime_name, answer.runtime_version)),
+    }
 }
 
 /// Asked by id: the list of all containers of a host may be longer than a gRPC message.
 pub async fn find(client: &Client, id: &ContainerId) -> Result<Option<Workload>, Error> {
     match ask(client, id.as_str()).await {
-        // As where Docker runs its containerd: the socket is there, but it does not speak CRI.
-        Err(error) if error.code() == Code::Unimplemented => Ok(None),
+        Err(error) if speaks_no_cri(&error) => Ok(None),
         answer => answer,
     }
+}
+
+/// As containerd where Docker runs it.
+fn speaks_no_cri(error: &Error) -> bool {
+    error.code() == Code::Unimplemented
 }
 
 async fn ask(client: &Client, id: &str) -> Result<Option<Workload>, Error> {

@@ -13,7 +13,7 @@ use http_body_util::{BodyExt, Empty, Limited};
 use hyper::{Request, StatusCode, body::Bytes, client::conn::http1, header::HOST};
 use hyper_util::rt::TokioIo;
 use serde::{Deserialize, de::DeserializeOwned};
-use tokio::net::UnixStream;
+use tokio::{net::UnixStream, task::JoinSet};
 
 use super::{Workload, cgroup::ContainerId, kept};
 
@@ -107,8 +107,9 @@ impl Docker {
     async fn get(&self, path: &str) -> Result<Option<Answer>, DockerError> {
         let stream = TokioIo::new(UnixStream::connect(&self.socket).await?);
         let (mut sender, connection) = http1::handshake(stream).await?;
-        // It ends when the sender is dropped; what goes wrong in it is told to the sender.
-        tokio::spawn(connection);
+        // It ends with this question, also where that is given up; what goes wrong in it is told to the sender.
+        let mut background = JoinSet::new();
+        background.spawn(connection);
         let request = Request::get(path).header(HOST, "localhost").body(Empty::<Bytes>::new())?;
         let answer = sender.send_request(request).await?;
         let (status, is_podman) = (answer.status(), answer.headers().contains_key(IS_PODMAN));

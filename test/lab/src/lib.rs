@@ -32,6 +32,7 @@ mod scene;
 mod wait;
 
 pub mod containerd;
+pub mod docker;
 pub mod measure;
 pub mod podman;
 pub mod programs;
