@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use crate::{peers::StaticPeers, rules, workload::StaticWorkloads};
+use crate::{peers::StaticPeers, rules, workload::LabelsFile};
 
 /// The text of one rule.
 pub fn is_rule(text: &str) -> bool {
@@ -18,7 +18,7 @@ pub fn is_manifest(text: &str) -> bool {
 
 /// ROUTER_LABELS
 pub fn are_labels(text: &str) -> bool {
-    serde_yaml::from_str::<StaticWorkloads>(text).is_ok()
+    serde_yaml::from_str::<LabelsFile>(text).is_ok()
 }
 
 /// ROUTER_PEERS

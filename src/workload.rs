@@ -29,9 +29,10 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 pub use cgroup::ContainerId;
+pub use labels_file::LabelsFile;
 pub use runtimes::{Runtimes, WorkloadSettings};
 
-use labels_file::{LabelError, LabelsFile};
+use labels_file::LabelError;
 use runtimes::Answer;
 
 /// The most containers that are remembered, and about which runtimes are asked at once.

@@ -380,6 +380,9 @@ fn way_out(refusal: Refusal) -> &'static str {
         PeerGone => "nothing: it is tried again when the other router is back",
         HostPathFailed => "open all TCP ports of HOST_IF between the two hosts",
         HostPathStalled => "mend the hosts' network: a firewall or an interface drops what it carried before",
+        HostAddressNotCertified => {
+            "issue the other host a certificate that holds its HOST_IF address as well (`router pki issue`)"
+        }
         ForwarderGone => "start the forwarder, with the same socket path as ROUTER_FORWARDER",
         Stopping => "nothing: start the router again",
         SwappedBack => "`router swap CONN` moves it, and lets the rules decide again",

@@ -126,8 +126,8 @@ impl Lookup {
     }
 
     /// The container of a process.
-    pub fn container(&self, tgid: u32) -> io::Result<Workload> {
-        of_process(self.workloads.as_ref(), tgid)
+    pub fn container(&mut self, tgid: u32) -> io::Result<Workload> {
+        self.workloads.of_process(tgid)
     }
 
     /// Is this socket in the host's own network?
