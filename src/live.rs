@@ -17,8 +17,11 @@ use crate::{
 /// Remembers what was seen, so that the next look gives rates.
 #[derive(Debug, Default)]
 pub struct Sampler {
-    last: Option<(Instant, HashMap<Key, (u64, u64)>)>,
+    last: Option<(Instant, Seen)>,
 }
+
+/// Bytes on the overlay and on the host path, of each.
+type Seen = HashMap<Key, (u64, u64)>;
 
 /// An end of a connection: within this host, both have one name.
 type Key = (String, SocketAddr);

@@ -283,7 +283,7 @@ mod tests {
 
     #[test]
     fn the_page_is_shown_by_address_and_by_no_other_name() {
-        for good in ["127.0.0.1", "127.0.0.1:9465", "[::1]:9465", "::1", "localhost:9465", "LOCALHOST"] {
+        for good in ["127.0.0.1", "127.0.0.1:9465", "[::1]:9465", "[::1]", "localhost:9465", "LOCALHOST"] {
             assert!(is_address(good), "{good}");
         }
         for bad in

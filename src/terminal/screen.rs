@@ -83,7 +83,7 @@ fn draw_groups(frame: &mut Frame<'_>, area: Rect, model: &Model) {
         Constraint::Fill(1),
         Constraint::Length(15),
         Constraint::Length(6),
-        Constraint::Length(15),
+        Constraint::Length(BAR as u16 + 6),
         Constraint::Length(12),
         Constraint::Length(12),
         Constraint::Length(10),
@@ -118,7 +118,7 @@ fn draw_connections(frame: &mut Frame<'_>, area: Rect, model: &Model) {
     };
     let widths = [
         Constraint::Length(16),
-        Constraint::Fill(2),
+        Constraint::Min(18),
         Constraint::Length(21),
         Constraint::Length(21),
         Constraint::Length(7),

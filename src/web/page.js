@@ -133,8 +133,7 @@ function showMap({ host, groups, status }) {
   const rows = Math.max(left.nodes.length, right.nodes.length, 1);
   const height = top + rows * row;
   const svg = drawn("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": "Workloads of this host, the hosts that they are connected to, and the paths between them" });
-  const y = (column, at) => top + (at + 0.5) * height_of(column);
-  const height_of = (column) => (height - top) / Math.max(1, column.nodes.length);
+  const y = (column, at) => top + (at + 0.5) * (height - top) / column.nodes.length;
 
   const lines = new Map();
   for (const group of groups) {
@@ -148,18 +147,27 @@ function showMap({ host, groups, status }) {
     }
   }
   const most = Math.max(1, ...[...lines.values()].map((line) => line.number));
-  const both = (line) => lines.has(`${line.from} ${line.to} host`) && lines.has(`${line.from} ${line.to} overlay`);
+  // Beside each other where they meet, in the order of their other ends.
+  const slots = (side, column, other, otherColumn) => {
+    for (let at = 0; at < column.nodes.length; at += 1) {
+      const here = [...lines.values()].filter((line) => line[side] === at);
+      here.sort((one, two) => y(otherColumn, one[other]) - y(otherColumn, two[other]) || (one.path < two.path ? -1 : 1));
+      const apart = Math.min(11, (tall - 10) / Math.max(1, here.length - 1));
+      here.forEach((line, slot) => { line[side + "Y"] = y(column, at) + (slot - (here.length - 1) / 2) * apart; });
+    }
+  };
+  slots("from", left, "to", right);
+  slots("to", right, "from", left);
   for (const line of lines.values()) {
-    const apart = both(line) ? (line.path === "host" ? -9 : 9) : 0;
-    const [x1, y1, x2, y2] = [node, y(left, line.from) + apart, width - node, y(right, line.to) + apart];
+    const [x1, y1, x2, y2] = [node, line.fromY, width - node, line.toY];
     const bend = (x2 - x1) / 2;
     const d = `M${x1} ${y1}C${x1 + bend} ${y1} ${x2 - bend} ${y2} ${x2} ${y2}`;
-    const path = drawn("path", { d, class: line.path, "stroke-width": 2 + 10 * Math.sqrt(line.number / most) });
+    const path = drawn("path", { d, class: line.path, "stroke-width": 2 + 8 * Math.sqrt(line.number / most) });
     path.append(drawn("title", {}, `${count(line.number)} connections on the ${line.path === "host" ? "host network" : "overlay"}, ${rate(line.speed)}`));
     svg.append(path);
     if (line.speed) svg.append(drawn("path", { d, class: "flows" }));
   }
-  svg.append(drawn("text", { x: 0, y: 12, class: "soft" }, cut(`this host, ${host}`, node)));
+  svg.append(drawn("text", { x: 0, y: 12, class: "soft" }, `this host, ${host}`));
   svg.append(drawn("text", { x: width, y: 12, class: "soft", "text-anchor": "end" }, "other ends"));
   const box = (column, x, [name, sum], at, down) => {
     const middle = y(column, at);
