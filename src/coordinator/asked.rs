@@ -79,7 +79,7 @@ impl Coordinator {
         self.answer(waiting, &[]);
     }
 
-    pub(super) fn answer(&self, waiting: Vec<(u64, AfterScan)>, records: &[SocketRecord]) {
+    pub(super) fn answer(&mut self, waiting: Vec<(u64, AfterScan)>, records: &[SocketRecord]) {
         for (_, asked) in waiting {
             match asked {
                 AfterScan::Flows(answer) => drop(answer.send(self.ledger.views())),
@@ -88,7 +88,7 @@ impl Coordinator {
         }
     }
 
-    fn explain(&self, subject: &Subject, records: &[SocketRecord]) -> Vec<Explanation> {
+    fn explain(&mut self, subject: &Subject, records: &[SocketRecord]) -> Vec<Explanation> {
         let is_about = |record: &&SocketRecord| match subject {
             Subject::Conn(_) => false,
             Subject::Addresses { local, remote } => {
@@ -102,8 +102,8 @@ impl Coordinator {
         let mut explained: Vec<Explanation> =
             flows.iter().map(|flow| explain::explain(&self.facts(flow))).collect();
         let is_known = |record: &&&SocketRecord| flows.iter().any(|flow| flow.socket == record.socket);
-        let unknown = shown.iter().filter(|record| !is_known(record));
-        explained.extend(unknown.map(|record| self.explain_unknown(record)));
+        let unknown: Vec<&SocketRecord> = shown.iter().filter(|record| !is_known(record)).copied().collect();
+        explained.extend(unknown.into_iter().map(|record| self.explain_unknown(record)));
         match subject {
             Subject::Process { tgid, .. } if explained.is_empty() => vec![self.explain_process(*tgid)],
             Subject::Conn(_) | Subject::Addresses { .. } | Subject::Process { .. } => explained,
@@ -131,11 +131,11 @@ impl Coordinator {
     }
 
     /// A socket that a scan shows, and that is no connection of ours (yet).
-    fn explain_unknown(&self, record: &SocketRecord) -> Explanation {
+    fn explain_unknown(&mut self, record: &SocketRecord) -> Explanation {
         const ESTABLISHED: u8 = 1;
-        let lookup = &self.parts.lookup;
         let (tuple, side) = (tuple_of(record), side_of(record));
-        let workload = lookup.container(record.tgid).unwrap_or_default();
+        let workload = self.parts.lookup.container(record.tgid).unwrap_or_default();
+        let lookup = &self.parts.lookup;
         let (rules, after) = lookup.judge(side, tuple, &workload);
         let step = if record.state != ESTABLISHED {
             let because = "it is not established: it listens, is being made, or is being closed";
@@ -165,7 +165,7 @@ impl Coordinator {
     }
 
     /// A process that has no connection here.
-    fn explain_process(&self, tgid: u32) -> Explanation {
+    fn explain_process(&mut self, tgid: u32) -> Explanation {
         let about = format!("process {tgid}");
         let explanation = |steps: Vec<Step>, conclusion: &str| Explanation {
             about,
