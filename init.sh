@@ -8,7 +8,7 @@ set -euo pipefail
 packages=(
     clang llvm libelf-dev zlib1g-dev pkg-config gcc libc6-dev make # the programs and their BPF
     bpftool                                                      # vmlinux.h, and looking at what was loaded
-    iproute2 procps util-linux nftables                          # the lab
+    iproute2 procps util-linux nftables openssl                  # the lab
     iperf3 sockperf                                              # throughput and latency
     nftables musl-tools gcc-multilib                             # the matrix: NAT, and programs of other kinds
     containerd runc containernetworking-plugins podman conmon docker.io # containers
@@ -20,7 +20,7 @@ fi
 if [[ " $* " == *" programs "* ]]; then
     packages+=(
         redis-server redis-tools memcached libmemcached-tools postgresql-15 postgresql-contrib # stores
-        nginx-light wrk curl openssl                                                           # web
+        nginx-light wrk curl                                                                   # web
         rsync openssh-server openssh-client                                                    # files
         openmpi-bin libopenmpi-dev netpipe-openmpi                                             # MPI
         golang-go default-jdk-headless nodejs python3                                          # languages

@@ -410,7 +410,7 @@ fn a_late_message_of_an_earlier_attempt_changes_nothing() {
     world.wait(Duration::from_secs(1));
     world.expect_all(Shown::Host);
     world.at(0, Event::Order(tuple(), Direction::ToOverlay));
-    world.at(0, Event::Peer(THERE, late));
+    world.at(0, Event::Peer(Node::uncertified(THERE), late));
     world.expect_all(Shown::Overlay);
 }
 
@@ -418,7 +418,7 @@ fn a_late_message_of_an_earlier_attempt_changes_nothing() {
 fn a_peer_cannot_speak_about_a_connection_with_another_peer() {
     let mut world = World::new();
     world.learn(0, None);
-    let stranger = "10.244.3.0".parse().unwrap();
+    let stranger = Node::uncertified("10.244.3.0".parse().unwrap());
     let know = Message::Know { tuple: tuple().reversed(), declined: None, answer: true };
     world.at(0, Event::Peer(stranger, know));
     assert_eq!(world.view(0).path, Shown::Overlay);

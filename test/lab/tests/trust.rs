@@ -25,9 +25,10 @@ const PORT: u16 = 7000;
 const THIRD: &str = "192.168.78.3";
 
 fn wait_for_log(host: &Host, words: &str) -> Result<()> {
-    let said = |_| host.router_log().contains(words).then_some(());
-    wait_for(&format!("the router of {} to say \"{words}\"", host.name), DEADLINE, || Ok(said(())))
-        .with_context(|| host.router_log())
+    wait_for(&format!("the router of {} to say \"{words}\"", host.name), DEADLINE, || {
+        Ok(host.router_log().contains(words).then_some(()))
+    })
+    .with_context(|| host.router_log())
 }
 
 /// Lines of the log at this level or worse that speak about peers.
