@@ -72,6 +72,8 @@ mod tests {
             swapped: 0,
             swaps: 0,
             swap_backs: 0,
+            turned_away: 0,
+            false_claims: 0,
             refused: BTreeMap::new(),
             drops: 0,
             peers: BTreeMap::new(),

@@ -647,7 +647,7 @@ fn a_host_address_that_the_peer_has_no_certificate_for_is_not_connected_to() {
     let mut world = World::new();
     let actions = answer_offer_with(&mut world, node(), "192.0.2.3:5");
     assert!(!actions.iter().any(is_connect), "{actions:?}");
-    assert_eq!(world.ledgers[0].counts().refused["host_address_not_certified"], 1);
+    assert_eq!(world.ledgers[0].tally().refused[&Refusal::HostAddressNotCertified], 1);
 }
 
 #[test]

@@ -199,7 +199,7 @@ fn a_path_that_heals_while_a_connection_leaves_it_loses_nothing() -> Result<()> 
 fn many_connections_of_many_processes_go_back_at_once() -> Result<()> {
     const STREAMS: u16 = 20;
     let scene = Scene::with_routers("back-many")?;
-    let arguments = |port: u16| if port % 4 == 0 { BOTH_WAYS } else { PINGS };
+    let arguments = |port: u16| if port.is_multiple_of(4) { BOTH_WAYS } else { PINGS };
     let started: Result<Vec<_>> =
         (PORT..PORT + STREAMS).map(|port| scene.stream(port, arguments(port))).collect();
     let mut streams = started?;
