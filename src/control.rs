@@ -24,6 +24,7 @@ const MAX_REQUEST: u64 = 4096;
 pub enum Question {
     Status,
     Flows,
+    Peers,
     Swap(ConnId),
     SwapBack(ConnId),
 }
@@ -106,6 +107,7 @@ async fn answer(mut stream: UnixStream, wishes: &mpsc::Sender<Wish>) -> io::Resu
     let answer = match serde_json::from_slice(&request)? {
         Question::Status => serde_json::to_vec(&asked(wishes, Wish::Status).await?)?,
         Question::Flows => serde_json::to_vec(&asked(wishes, Wish::Flows).await?)?,
+        Question::Peers => serde_json::to_vec(&asked(wishes, Wish::Peers).await?)?,
         Question::Swap(conn) => serde_json::to_vec(&moved(wishes, conn, Direction::ToHost).await?)?,
         Question::SwapBack(conn) => serde_json::to_vec(&moved(wishes, conn, Direction::ToOverlay).await?)?,
     };

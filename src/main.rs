@@ -6,6 +6,7 @@ mod attachment;
 mod bpf;
 mod bytes;
 mod check;
+mod cluster;
 mod commands;
 mod control;
 mod coordinator;
@@ -27,6 +28,7 @@ use clap::Parser;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::sync::{mpsc, watch};
 
+use cluster::{Access, Cluster};
 use control::ControlSocket;
 use coordinator::{Inlets, Lookup, Parts};
 use identity::Identity;
@@ -41,6 +43,8 @@ use workload::{StaticWorkloads, of_process};
 /// Events of tracing that may wait; more are lost, counted.
 const TRACED: usize = 16384;
 const WISHES: usize = 64;
+/// Rules that were read and not taken yet: who reads them waits.
+const READINGS: usize = 4;
 
 fn main() -> ExitCode {
     let arguments = match Arguments::try_parse() {
@@ -76,6 +80,7 @@ fn obey(arguments: Arguments) -> Result<()> {
         Command::Trace(settings) => start(settings, print_traced),
         Command::Status(question) => commands::status(&question),
         Command::Flows(question) => commands::flows(&question),
+        Command::Peers(question) => commands::peers(&question),
         Command::Swap { conn, control } => commands::swap(conn.0, &control.path),
         Command::SwapBack { conn, control, .. } => commands::swap_back(conn, &control.path),
     }
@@ -104,12 +109,28 @@ async fn run(settings: Settings) -> Result<()> {
     if let Some(obstacle) = check::obstacle(&check::judge(&check::probe(&settings).await)) {
         bail!("{obstacle}");
     }
-    let rules = RuleSet::load(&settings.rules)?;
+    let (readings, rules_read) = mpsc::channel(READINGS);
+    let access = Access::find(&settings.cluster).await?;
+    // With Kubernetes they may come from the ConfigMap alone.
+    let rules = match &access {
+        Some(_) if !settings.rules.exists() => RuleSet::awaited(),
+        Some(_) | None => {
+            let rules = RuleSet::load(&settings.rules)?;
+            tokio::spawn(rules::watch_path(settings.rules.clone(), readings.clone()));
+            rules
+        }
+    };
+    let cluster = match access {
+        Some(access) => Some(Cluster::start(access, readings).await?),
+        None => None,
+    };
     let workloads = workloads(&settings)?;
     let netlink = peers::netlink()?;
     let interfaces = Interfaces::find(&netlink, &settings.overlay_if, &settings.host_if).await?;
     let IpAddr::V4(host_address) = interfaces.host_address else { bail!("HOST_IF has no IPv4 address") };
-    let peers = Peers::load(settings.peers.as_deref(), netlink.clone(), interfaces.overlay_index)?;
+    log::info!("interfaces: {}", interfaces.found);
+    let pods = cluster.as_ref().map(|cluster| cluster.pods.clone()).unwrap_or_default();
+    let peers = Peers::load(settings.peers.as_deref(), pods, netlink.clone())?;
     let listener = coordinator::listen(settings.router_port).with_context(|| {
         format!("ROUTER_PORT={}: cannot be listened on; is another router running?", settings.router_port)
     })?;
@@ -133,8 +154,9 @@ async fn run(settings: Settings) -> Result<()> {
     );
     let lookup = Lookup::new(netlink, interfaces, peers, Box::new(workloads), processes, rules)?;
     let serving = tokio::spawn(control.serve(wishes));
-    let parts = Parts { settings, host_address, lookup, identity, scope, tracer, watch };
-    let inlets = Inlets { traced: from_trace, peers: listener, wishes: from_control };
+    let kubernetes = cluster.map(|cluster| cluster.reach);
+    let parts = Parts { settings, host_address, lookup, identity, scope, tracer, watch, kubernetes };
+    let inlets = Inlets { traced: from_trace, peers: listener, wishes: from_control, rules: rules_read };
     let result = coordinator::run(parts, inlets).await;
     // Its socket goes with it.
     serving.abort();

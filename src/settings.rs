@@ -7,6 +7,8 @@ use clap::{Args, Parser, Subcommand};
 use forwarder_api::ConnId;
 use log::LevelFilter;
 
+use crate::cluster::ClusterSettings;
+
 /// Moves live TCP connections of containers off the overlay network and onto the hosts' own network.
 #[derive(Parser)]
 #[command(version, args_conflicts_with_subcommands = true)]
@@ -25,6 +27,8 @@ pub enum Command {
     Status(Question),
     /// The connections that the router knows: path, age, bytes, pause of the swap, reason if refused.
     Flows(Question),
+    /// The hosts of other ends: address, how it was found, whether its router is reached and since when, connections.
+    Peers(Question),
     /// Move one connection onto the host network now.
     Swap {
         /// As `router flows` names it.
@@ -70,11 +74,13 @@ const CONTROL: &str = "/run/ebpf-router/router.sock";
 /// How the router is to run.
 #[derive(Args, Clone, Debug)]
 pub struct Settings {
-    /// Interface of the overlay network, such as flannel.1 or tunl0: routes through it tell where a peer is.
+    /// Interface of the overlay network, such as flannel.1 or tunl0: routes through it tell where a peer is. Without it, the
+    /// VXLAN or IPIP interface that has routes to other hosts.
     #[arg(long, env = "OVERLAY_IF", value_name = "NAME", default_value = "", hide_default_value = true)]
     pub overlay_if: String,
 
-    /// Interface of the hosts' own network: its IPv4 address is where swapped connections come and go.
+    /// Interface of the hosts' own network: its IPv4 address is where swapped connections come and go. Without it, the one
+    /// that carries the overlay, or has the default route.
     #[arg(long, env = "HOST_IF", value_name = "NAME", default_value = "", hide_default_value = true)]
     pub host_if: String,
 
@@ -87,7 +93,8 @@ pub struct Settings {
     #[arg(long = "loglevel", env = "ROUTER_LOGLEVEL", default_value = "INFO", value_name = "LEVEL", value_parser = log_level)]
     pub log_level: LevelFilter,
 
-    /// Rules: a directory with one file a rule (a mounted ConfigMap) or a ConfigMap's manifest.
+    /// Rules: a directory with one file a rule (a mounted ConfigMap) or a ConfigMap's manifest. With Kubernetes, only until its
+    /// ConfigMap was read.
     #[arg(long, env = "ROUTER_RULES", default_value = "/etc/rules", value_name = "PATH")]
     pub rules: PathBuf,
 
@@ -95,7 +102,7 @@ pub struct Settings {
     #[arg(long, env = "ROUTER_LABELS", value_name = "FILE")]
     pub labels: Option<PathBuf>,
 
-    /// YAML file that says which host holds which overlay addresses; asked before the routes of OVERLAY_IF.
+    /// YAML file that says which host holds which overlay addresses; asked after Kubernetes, before the routes of OVERLAY_IF.
     #[arg(long, env = "ROUTER_PEERS", value_name = "FILE")]
     pub peers: Option<PathBuf>,
 
@@ -129,6 +136,9 @@ pub struct Settings {
     #[arg(long, env = "FREEZE_BUDGET_MS", default_value_t = 100, value_name = "MS",
           value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub freeze_budget_ms: u32,
+
+    #[command(flatten)]
+    pub cluster: ClusterSettings,
 }
 
 /// A connection's name on the command line.
@@ -160,8 +170,6 @@ fn log_level(text: &str) -> Result<LevelFilter, String> {
 /// A setting that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum SettingError {
-    #[error("{name} is not set: give the name of an interface, as `ip link` shows it ({example})")]
-    Missing { name: &'static str, example: &'static str },
     #[error(
         "no cgroup2 is mounted: mount it (mount -t cgroup2 none /sys/fs/cgroup/unified), or give --cgroup"
     )]
@@ -169,19 +177,6 @@ pub enum SettingError {
 }
 
 impl Settings {
-    /// What has no default must be there.
-    pub fn complete(&self) -> Result<(), SettingError> {
-        for (name, value, example) in [
-            ("OVERLAY_IF", &self.overlay_if, "flannel.1, vxlan.calico, tunl0"),
-            ("HOST_IF", &self.host_if, "eth0, ens5"),
-        ] {
-            if value.is_empty() {
-                return Err(SettingError::Missing { name, example });
-            }
-        }
-        Ok(())
-    }
-
     pub fn scope(&self) -> Result<PathBuf, SettingError> {
         self.cgroup.clone().or_else(cgroup2_mount).ok_or(SettingError::NoCgroup2)
     }
