@@ -1,7 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
 # Installs what building and testing need on Debian 12 or later, and mounts what tracing needs. Safe to repeat.
-# `./init.sh programs` installs the servers and clients of test/lab/tests/programs.rs and of the benchmarks too.
+# `./init.sh programs` installs the servers and clients of test/lab/tests/programs.rs and of the benchmarks too,
+# `./init.sh cluster` what building and running a Kubernetes API server needs.
 set -euo pipefail
 
 packages=(
@@ -20,6 +21,11 @@ if [[ ${1:-} == programs ]]; then
         openmpi-bin libopenmpi-dev netpipe-openmpi                                             # MPI
         golang-go default-jdk-headless nodejs python3                                          # languages
     )
+fi
+if [[ ${1:-} == cluster ]]; then
+    packages+=(etcd-server golang-go curl ca-certificates openssl)
+    # Other packages have it as well, at the same path.
+    command -v kubectl >/dev/null || packages+=(kubernetes-client)
 fi
 
 missing=()

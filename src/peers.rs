@@ -80,14 +80,11 @@ pub struct Facts {
 impl Facts {
     /// Who answers first. `own` are the addresses of this host.
     pub fn whereabouts(&self, own: &[IpAddr]) -> Whereabouts {
-        match (self.answers().next(), self.route) {
-            (Some((_, address)), _) if own.contains(&address) => Whereabouts::NotOnOverlay,
-            (Some((source @ (Source::Kubernetes | Source::File | Source::Route), address)), _) => {
-                Whereabouts::Peer(address, source)
-            }
-            (_, Route::Host) => Whereabouts::Host,
-            (Some((source, address)), _) => Whereabouts::Peer(address, source),
-            (None, _) => Whereabouts::NotOnOverlay,
+        match self.answers().next() {
+            Some((_, address)) if own.contains(&address) => Whereabouts::NotOnOverlay,
+            Some((source, address)) => Whereabouts::Peer(address, source),
+            None if self.route == Route::Host => Whereabouts::Host,
+            None => Whereabouts::NotOnOverlay,
         }
     }
 
@@ -101,15 +98,16 @@ impl Facts {
     }
 
     fn answers(&self) -> impl Iterator<Item = (Source, PeerAddress)> {
-        let route = match self.route {
-            Route::Peer(address) => Some(address),
-            Route::Host | Route::NotOnOverlay => None,
+        let (route, fdb) = match self.route {
+            Route::Peer(address) => (Some(address), self.fdb),
+            Route::NotOnOverlay => (None, self.fdb),
+            Route::Host => (None, None),
         };
         [
             (Source::Kubernetes, self.kubernetes),
             (Source::File, self.file),
             (Source::Route, route),
-            (Source::Fdb, self.fdb),
+            (Source::Fdb, fdb),
         ]
         .into_iter()
         .filter_map(|(source, answer)| Some((source, answer?)))

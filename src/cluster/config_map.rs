@@ -20,7 +20,10 @@ use kube::{
 };
 use tokio::sync::mpsc;
 
-use super::{Reach, reach::in_one_line};
+use super::{
+    Reach,
+    reach::{Patience, in_one_line},
+};
 use crate::rules::{Origin, Reading, RuleError, RuleSet};
 
 pub const CONFIG_MAP: &str = "ebpf-router-rules";
@@ -32,7 +35,7 @@ const CONFLICT: u16 = 409;
 pub async fn watch(client: Client, namespace: &str, readings: &mpsc::Sender<Reading>, reach: &Reach) {
     let api: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
     let config = watcher::Config::default().fields(&format!("metadata.name={CONFIG_MAP}"));
-    let mut events = pin!(watcher(api, config).default_backoff());
+    let mut events = pin!(watcher(api, config).backoff(Patience::default()));
     let (mut complained, mut is_there) = (None, false);
     while let Some(event) = events.next().await {
         let rules = match event {

@@ -21,7 +21,7 @@ use kube::{
 };
 use serde::Deserialize;
 
-use super::Reach;
+use super::{Reach, reach::Patience};
 
 /// The part of a pod that matters here. The rest is not even read.
 type LeanPod = Object<Spec, Status>;
@@ -79,7 +79,7 @@ impl PodHosts {
 /// Watches all pods, for ever.
 pub async fn watch(client: Client, pods: &PodHosts, reach: &Reach) {
     let api: Api<LeanPod> = Api::all_with(client, &ApiResource::erase::<Pod>(&()));
-    let mut events = pin!(watcher(api, watcher::Config::default()).default_backoff());
+    let mut events = pin!(watcher(api, watcher::Config::default()).backoff(Patience::default()));
     let mut complained = None;
     while let Some(event) = events.next().await {
         match event {

@@ -7,12 +7,20 @@ use std::{
     time::Duration,
 };
 
-use kube::{Client, runtime::watcher};
+use kube::{
+    Client,
+    runtime::{
+        utils::Backoff,
+        watcher::{self, DefaultBackoff},
+    },
+};
 use tokio::sync::Notify;
 
 /// Between two tries to reach it again.
 const RETRY: Duration = Duration::from_secs(2);
 const ANSWER: Duration = Duration::from_secs(5);
+/// Between two tries of a watch, at most.
+const WATCH: Duration = Duration::from_secs(10);
 
 pub struct Reach {
     server: String,
@@ -39,13 +47,14 @@ impl Reach {
                 Ok(Err(error)) => Some(in_one_line(&error)),
                 Err(_) => Some(format!("no answer in {} s", ANSWER.as_secs())),
             };
-            self.reached.store(wrong.is_none(), Ordering::Relaxed);
+            let was_reached = self.reached.swap(wrong.is_none(), Ordering::Relaxed);
             match wrong {
                 None => {
-                    log::info!("the Kubernetes API server {} is reached", self.server);
+                    if !was_reached {
+                        log::info!("the Kubernetes API server {} is reached", self.server);
+                    }
                     complained = false;
                     self.lost.notified().await;
-                    log::debug!("a watch at the Kubernetes API server has ended");
                 }
                 Some(error) => {
                     if !complained {
@@ -84,6 +93,24 @@ fn is_an_answer(error: &watcher::Error) -> bool {
         watcher::Error::WatchError(_) | watcher::Error::NoResourceVersion => return true,
     };
     matches!(source, kube::Error::Api(_))
+}
+
+/// As other clients of the API server wait, later and later, but no longer than for [`WATCH`].
+#[derive(Default)]
+pub struct Patience(DefaultBackoff);
+
+impl Iterator for Patience {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        self.0.next().map(|delay| delay.min(WATCH))
+    }
+}
+
+impl Backoff for Patience {
+    fn reset(&mut self) {
+        self.0.reset();
+    }
 }
 
 /// The error and its causes, each said once.
