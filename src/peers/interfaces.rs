@@ -102,8 +102,8 @@ fn overlay<'a>(network: &'a Network, given: &str) -> Result<(&'a Link, String), 
             let entries = if link.bridge.is_some() { count(&network.forwarding, link) } else { 0 };
             let how = match (hops, entries) {
                 (0, 0) => return None,
-                (0, entries) => format!("{kind} in a bridge, {entries} forwarding entries to other hosts"),
-                (hops, _) => format!("{kind}, {hops} routes with a next hop"),
+                (0, entries) => format!("{kind} in a bridge, forwarding entries to other hosts: {entries}"),
+                (hops, _) => format!("{kind}, routes with a next hop: {hops}"),
             };
             Some((link, how))
         })
@@ -122,7 +122,7 @@ fn host<'a>(network: &'a Network, given: &str, overlay: &Link) -> Result<(&'a Li
         has_local || (overlay.local.is_none() && overlay.parent == Some(link.index))
     };
     if let Some(link) = network.links.iter().find(|link| carries(link) && ipv4(link).is_some()) {
-        return Ok((link, format!("carries the tunnel of {}", overlay.name)));
+        return Ok((link, format!("found: carries the tunnel of {}", overlay.name)));
     }
     let least = network.default_routes.iter().map(|(_, metric)| *metric).min();
     let is_default = |link: &Link| {
@@ -326,9 +326,12 @@ mod tests {
         let mut network = flannel();
         network.next_hops = [(3, 2), (4, 1)].into();
         let error = overlay(&network, "").unwrap_err().to_string();
-        for words in
-            ["OVERLAY_IF is not set", "flannel.1 (vxlan, 2 routes", "tunl0 (ipip, 1 routes", "give the name"]
-        {
+        for words in [
+            "OVERLAY_IF is not set",
+            "flannel.1 (vxlan, routes with a next hop: 2",
+            "tunl0 (ipip,",
+            "give the name",
+        ] {
             assert!(error.contains(words), "{error}");
         }
         network.default_routes = vec![(2, 0), (5, 0)];
