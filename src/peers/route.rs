@@ -31,7 +31,7 @@ fn meaning(route: &RouteMessage, overlay_index: u32, of: IpAddr) -> Route {
     if route.header.kind == RouteType::Local {
         return Route::Host;
     }
-    if !route.attributes.iter().any(|attribute| *attribute == RouteAttribute::Oif(overlay_index)) {
+    if !route.attributes.contains(&RouteAttribute::Oif(overlay_index)) {
         return Route::NotOnOverlay;
     }
     match next_hop(route) {

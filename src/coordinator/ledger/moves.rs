@@ -245,10 +245,10 @@ impl Ledger {
             }
             return self.forget(tuple);
         }
-        if reason == Refusal::NotParked {
-            if let Some(conn) = self.flows.get(&tuple).map(|flow| flow.conn) {
-                self.no_way_back(conn);
-            }
+        if reason == Refusal::NotParked
+            && let Some(conn) = self.flows.get(&tuple).map(|flow| flow.conn)
+        {
+            self.no_way_back(conn);
         }
         let mate = tuple.reversed();
         if attempt.negotiation.part == Part::Both
