@@ -1,8 +1,9 @@
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
 # Installs what building and testing need on Debian 12 or later, and mounts what tracing needs. Safe to repeat.
-# `./init.sh programs` installs the servers and clients of test/lab/tests/programs.rs and of the benchmarks too, `web` the
-# browser and the judge of metrics of test/lab/tests/web.rs. More than one may be named.
+# What only some tests need is installed by name (`./init.sh programs cluster`): `programs`, the servers and clients of
+# test/lab/tests/programs.rs and of the benchmarks; `containers`, Podman and Docker; `web`, a browser, and Prometheus as the
+# judge of metrics; `cluster`, what building and running a Kubernetes API server needs.
 set -euo pipefail
 
 packages=(
@@ -11,7 +12,7 @@ packages=(
     iproute2 procps util-linux nftables openssl                  # the lab
     iperf3 sockperf                                              # throughput and latency
     nftables musl-tools gcc-multilib                             # the matrix: NAT, and programs of other kinds
-    containerd runc containernetworking-plugins podman conmon docker.io # containers
+    containerd runc containernetworking-plugins                  # containers
     qemu-system-x86 busybox-static cpio jq                       # the second kernel
 )
 if [[ " $* " == *" web "* ]]; then
@@ -25,6 +26,14 @@ if [[ " $* " == *" programs "* ]]; then
         openmpi-bin libopenmpi-dev netpipe-openmpi                                             # MPI
         golang-go default-jdk-headless nodejs python3                                          # languages
     )
+fi
+if [[ " $* " == *" containers "* ]]; then
+    packages+=(podman conmon docker.io)
+fi
+if [[ " $* " == *" cluster "* ]]; then
+    packages+=(etcd-server golang-go curl ca-certificates openssl)
+    # Other packages have it as well, at the same path.
+    command -v kubectl >/dev/null || packages+=(kubernetes-client)
 fi
 
 missing=()

@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use caps::{CapSet, Capability};
 
 use crate::{
+    cluster::{Access, CONFIG_MAP},
     peers::{Interfaces, PeerError},
-    rules::{RuleError, RuleSet},
+    rules::RuleSet,
     settings::Settings,
     trust::Tls,
     workload::Runtimes,
@@ -37,12 +38,21 @@ pub struct Facts {
     pub scope_holds_us: bool,
     pub pins: PathBuf,
     pub pins_on_bpffs: bool,
-    pub rules: Result<usize, String>,
     pub tls: Tls,
     /// Container runtimes that are here: the name of each, or why it does not answer.
     pub runtimes: Vec<Result<String, String>>,
+    /// How many, or where from.
+    pub rules: Result<String, String>,
+    /// The API server, and whether it answers; None: none is asked.
+    pub kubernetes: Option<Kubernetes>,
     pub forwarder: PathBuf,
     pub forwarder_answers: bool,
+}
+
+#[derive(Clone, Debug)]
+pub struct Kubernetes {
+    pub server: String,
+    pub answer: Result<(), String>,
 }
 
 /// One line of `router check`.
@@ -69,9 +79,17 @@ pub async fn probe(settings: &Settings) -> Facts {
         .filter(|(capability, _)| !caps::has_cap(None, CapSet::Effective, *capability).unwrap_or(false))
         .map(|(capability, what_for)| (capability.to_string(), what_for))
         .collect();
-    let interfaces = match settings.complete() {
-        Ok(()) => interfaces(settings).await.map_err(|error| error.to_string()),
-        Err(error) => Err(error.to_string()),
+    let interfaces = interfaces(settings).await.map_err(|error| error.to_string());
+    let (kubernetes, rules) = match Access::find(&settings.cluster).await {
+        Ok(access) => {
+            let rules = rules(settings, access.as_ref());
+            let kubernetes = match access {
+                Some(access) => Some(Kubernetes { server: access.server(), answer: access.probe().await }),
+                None => None,
+            };
+            (kubernetes, rules)
+        }
+        Err(error) => (None, Err(error.to_string())),
     };
     let host_address = interfaces.as_ref().ok().map(|found| found.host_address);
     let kind_of = |path: &Path| nix::sys::statfs::statfs(path).map(|statfs| statfs.filesystem_type()).ok();
@@ -92,11 +110,10 @@ pub async fn probe(settings: &Settings) -> Facts {
         scope,
         pins: settings.pins.clone(),
         pins_on_bpffs: existing.is_some_and(|path| kind_of(path) == Some(nix::sys::statfs::BPF_FS_MAGIC)),
-        rules: RuleSet::load(&settings.rules)
-            .map(|rules| rules.len())
-            .map_err(|error: RuleError| error.to_string()),
         tls: Tls::look(&settings.trust, host_address),
         runtimes: runtimes(settings).await,
+        rules,
+        kubernetes,
         forwarder: settings.forwarder.clone(),
         forwarder_answers: std::os::unix::net::UnixStream::connect(&settings.forwarder).is_ok(),
     }
@@ -116,6 +133,18 @@ async fn runtimes(settings: &Settings) -> Vec<Result<String, String>> {
         answer.map(|name| format!("{name} at {socket}")).map_err(|error| format!("{socket}: {error}"))
     });
     found.collect()
+}
+
+fn rules(settings: &Settings, access: Option<&Access>) -> Result<String, String> {
+    let config_map = access.map(|access| format!("ConfigMap {}/{CONFIG_MAP}", access.namespace));
+    match config_map {
+        Some(config_map) if !settings.rules.exists() => Ok(config_map),
+        config_map => {
+            let count = RuleSet::load(&settings.rules).map_err(|error| error.to_string())?.len();
+            let until = config_map.map(|map| format!(", until {map} was read")).unwrap_or_default();
+            Ok(format!("{count} in {}{until}", settings.rules.display()))
+        }
+    }
 }
 
 /// The directory of this process's cgroup, where the hierarchy is mounted here.
@@ -185,7 +214,6 @@ pub fn judge(facts: &Facts) -> Vec<Line> {
                 ),
             ),
         ),
-        line("rules", of(&facts.rules.as_ref().map(|count| format!("{count}")).map_err(Clone::clone))),
         line("runtime", runtime(&facts.runtimes)),
         line(
             "tls",
@@ -194,6 +222,17 @@ pub fn judge(facts: &Facts) -> Vec<Line> {
                 Tls::Unusable(error) => Finding::Missing(error.clone()),
                 Tls::Worrying(concern) => Finding::Waits(format!("this node's certificate {concern}")),
                 Tls::Good(certificate) => Finding::Ok(certificate.clone()),
+            },
+        ),
+        line("rules", of(&facts.rules)),
+        line(
+            "kubernetes",
+            match &facts.kubernetes {
+                None => Finding::Ok("not asked".into()),
+                Some(Kubernetes { server, answer: Ok(()) }) => Finding::Ok(server.clone()),
+                Some(Kubernetes { server, answer: Err(error) }) => Finding::Waits(format!(
+                    "{server} does not answer: {error}: the router goes on without it, and tries again"
+                )),
             },
         ),
         line(
@@ -260,9 +299,10 @@ mod tests {
             scope_holds_us: true,
             pins: "/sys/fs/bpf/ebpf-router".into(),
             pins_on_bpffs: true,
-            rules: Ok(2),
             tls: Tls::Good("192.0.2.1 until 2030-01-01T00:00:00Z".into()),
             runtimes: vec![Ok("containerd 1.6.20 at /run/containerd/containerd.sock".into())],
+            rules: Ok("2 in /etc/rules".into()),
+            kubernetes: None,
             forwarder: "/run/ebpf-router/forwarder.sock".into(),
             forwarder_answers: true,
         }

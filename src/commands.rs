@@ -12,7 +12,8 @@ use forwarder_api::ConnId;
 
 use crate::{
     control::{self, ControlError, Moved, Question},
-    coordinator::{FlowView, Shown, Status},
+    coordinator::{FlowView, PeerView, Shown, Status},
+    peers::Source,
     settings::{self, Conn},
     units::{age, bytes},
 };
@@ -33,6 +34,16 @@ pub fn flows(question: &settings::Question) -> Result<()> {
         println!("{}", serde_json::to_string_pretty(&flows)?);
     } else {
         print!("{}", flows_text(&flows));
+    }
+    Ok(())
+}
+
+pub fn peers(question: &settings::Question) -> Result<()> {
+    let peers: Vec<PeerView> = control::ask(&question.control.path, &Question::Peers)?;
+    if question.json {
+        println!("{}", serde_json::to_string_pretty(&peers)?);
+    } else {
+        print!("{}", peers_text(&peers));
     }
     Ok(())
 }
@@ -94,6 +105,12 @@ fn status_text(status: &Status) -> String {
     line("router", format!("{} (process {})", status.version, status.pid));
     line("forwarder", forwarder);
     line("rules", status.rules.to_string());
+    if let Some(error) = &status.rules_error {
+        line("rules error", format!("{error}; those of before stay in force"));
+    }
+    if let Some(reached) = status.kubernetes {
+        line("kubernetes", if reached { "reached".into() } else { "not reached".into() });
+    }
     for (peer, reached) in &status.peers {
         line("peer", format!("{peer} {}", if *reached { "reached" } else { "not reached" }));
     }
@@ -141,9 +158,29 @@ fn flows_text(flows: &[FlowView]) -> String {
             }),
         ]
     });
-    let table: Vec<[String; 11]> = std::iter::once(head.map(str::to_owned)).chain(rows).collect();
+    table(std::iter::once(head.map(str::to_owned)).chain(rows))
+}
+
+fn peers_text(peers: &[PeerView]) -> String {
+    let head = ["ADDRESS", "FOUND BY", "REACHED", "SINCE", "HOST ADDRESS", "CONNECTIONS", "SWAPPED"];
+    let rows = peers.iter().map(|peer| {
+        [
+            peer.address.to_string(),
+            peer.found_by.map_or("-", Source::name).into(),
+            if peer.reached { "yes".into() } else { "no".into() },
+            age(peer.since_ms),
+            peer.host_address.map_or("-".into(), |address| address.to_string()),
+            peer.connections.to_string(),
+            peer.swapped.to_string(),
+        ]
+    });
+    table(std::iter::once(head.map(str::to_owned)).chain(rows))
+}
+
+fn table<const N: usize>(rows: impl Iterator<Item = [String; N]>) -> String {
+    let table: Vec<[String; N]> = rows.collect();
     let width = |column: usize| table.iter().map(|row| row[column].len()).max().unwrap_or_default();
-    let widths: Vec<usize> = (0..head.len()).map(width).collect();
+    let widths: Vec<usize> = (0..N).map(width).collect();
     let mut text = String::new();
     for row in &table {
         let cells: Vec<String> =
@@ -160,5 +197,6 @@ mod tests {
     #[test]
     fn a_table_without_connections_has_a_head() {
         assert!(flows_text(&[]).starts_with("CONN"));
+        assert!(peers_text(&[]).starts_with("ADDRESS"));
     }
 }

@@ -25,6 +25,7 @@ pub enum Question {
     Status,
     Flows,
     Explain(Subject),
+    Peers,
     Swap(ConnId),
     SwapBack(ConnId),
 }
@@ -110,6 +111,7 @@ async fn answer(mut stream: UnixStream, wishes: &mpsc::Sender<Wish>) -> io::Resu
         Question::Explain(subject) => {
             serde_json::to_vec(&asked(wishes, |answer| Wish::Explain(subject, answer)).await?)?
         }
+        Question::Peers => serde_json::to_vec(&asked(wishes, Wish::Peers).await?)?,
         Question::Swap(conn) => serde_json::to_vec(&moved(wishes, conn, Direction::ToHost).await?)?,
         Question::SwapBack(conn) => serde_json::to_vec(&moved(wishes, conn, Direction::ToOverlay).await?)?,
     };

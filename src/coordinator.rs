@@ -20,6 +20,7 @@ mod host_path;
 mod ledger;
 mod lookup;
 mod negotiation;
+mod peer;
 mod session;
 mod tally;
 pub mod wire;
@@ -49,6 +50,7 @@ pub use asked::Figures;
 pub use explain::{Explanation, Says, Subject};
 pub use flow::{FlowView, OtherHost, Shown};
 pub use lookup::Lookup;
+pub use peer::PeerView;
 pub use session::listen;
 pub use tally::Histogram;
 
@@ -56,13 +58,16 @@ use asked::AfterScan;
 use flow::{Flow, Note};
 use host_path::{Arrived, HostPath, Line};
 use ledger::{Event, Ledger, Restored};
+use peer::Contacts;
 use session::SessionEvent;
 use wire::{Message, Tuple};
 
 use crate::{
+    cluster::Reach,
     forwarder::{ForwarderEvent, Sent},
     identity::Identity,
     peers::PeerAddress,
+    rules::Reading,
     settings::Settings,
     stall::{HostSocket, Watch},
     trace::{Scope, TraceEvent, Tracer},
@@ -70,8 +75,8 @@ use crate::{
     workload::Told,
 };
 
-/// Between two looks at rules that may have changed, and at connections that may be over.
-const RULES: Duration = Duration::from_secs(2);
+/// Between two looks at addresses and pods that may have changed, and at connections that may be over.
+const SURROUNDINGS: Duration = Duration::from_secs(2);
 const SCAN: Duration = Duration::from_secs(30);
 /// Between two looks at the host sockets: short beside the 0.6 s after which a socket counts as stalled.
 const WATCH: Duration = Duration::from_millis(300);
@@ -89,6 +94,7 @@ pub enum Wish {
     /// For metrics: nothing is looked up for it.
     Figures(oneshot::Sender<Figures>),
     Explain(Subject, oneshot::Sender<Vec<Explanation>>),
+    Peers(oneshot::Sender<Vec<PeerView>>),
     /// The answer is the pause in microseconds, or the reason why not.
     Move(ConnId, Direction, oneshot::Sender<Result<u64, Refusal>>),
 }
@@ -101,6 +107,12 @@ pub struct Status {
     /// Process id of the forwarder, if it is reached.
     pub forwarder: Option<u32>,
     pub rules: usize,
+    /// What is wrong with the rules that were read last; those before are in force. And how often rules were wrong, since
+    /// this router started.
+    pub rules_error: Option<String>,
+    pub rules_errors: u64,
+    /// Is the Kubernetes API server reached? None: none is asked.
+    pub kubernetes: Option<bool>,
     /// Connections known, and those on the host network now.
     pub flows: usize,
     pub swapped: usize,
@@ -128,6 +140,8 @@ pub struct Parts {
     pub tracer: Tracer,
     pub watch: Watch,
     pub trust: Trust,
+    /// Of the Kubernetes API server, if there is one.
+    pub kubernetes: Option<Arc<Reach>>,
 }
 
 /// What the coordinator hears, besides what it opens itself.
@@ -138,6 +152,7 @@ pub struct Inlets {
     /// ROUTER_PORT
     pub peers: TcpListener,
     pub wishes: mpsc::Receiver<Wish>,
+    pub rules: mpsc::Receiver<Reading>,
 }
 
 struct Coordinator {
@@ -146,6 +161,7 @@ struct Coordinator {
     host_path: HostPath,
     forwarder: Option<(u32, mpsc::UnboundedSender<Sent>)>,
     sessions: HashMap<PeerAddress, mpsc::Sender<Message>>,
+    contacts: Contacts,
     /// Connections to peers that the forwarder has not been given yet.
     lines: HashMap<ConnId, Lines>,
     scans: Scans,
@@ -192,6 +208,7 @@ pub async fn run(parts: Parts, mut inlets: Inlets) -> anyhow::Result<()> {
         host_path: HostPath::open(parts.host_address, to_arrived.clone())?,
         forwarder: None,
         sessions: HashMap::new(),
+        contacts: Contacts::default(),
         lines: HashMap::new(),
         scans: Scans::default(),
         waiting: HashMap::new(),
@@ -206,8 +223,8 @@ pub async fn run(parts: Parts, mut inlets: Inlets) -> anyhow::Result<()> {
     let doors = session::Doors { events: to_sessions, expected, arrived: to_arrived, trust, turned_away };
     tokio::spawn(session::hear(inlets.peers, doors));
     tokio::spawn(crate::forwarder::reach(coordinator.parts.settings.forwarder.clone(), to_forwarder));
-    let (mut rules, mut scan, mut watch) = (interval(RULES), interval(SCAN), interval(WATCH));
-    for ticks in [&mut rules, &mut scan, &mut watch] {
+    let (mut surroundings, mut scan, mut watch) = (interval(SURROUNDINGS), interval(SCAN), interval(WATCH));
+    for ticks in [&mut surroundings, &mut scan, &mut watch] {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     }
     let mut stop_by = None;
@@ -222,7 +239,8 @@ pub async fn run(parts: Parts, mut inlets: Inlets) -> anyhow::Result<()> {
             Some((conn, lines)) = made.recv() => coordinator.made(conn, lines).await,
             Some(wish) = inlets.wishes.recv() => coordinator.wish(wish).await,
             () = at(alarm) => coordinator.handle(Event::Alarm).await,
-            _ = rules.tick() => coordinator.look_at_rules().await,
+            Some(reading) = inlets.rules.recv() => coordinator.read_rules(reading).await,
+            _ = surroundings.tick() => coordinator.look_around().await,
             _ = scan.tick() => drop(coordinator.scan()),
             _ = watch.tick() => coordinator.watch().await,
             _ = terminate.recv(), if stop_by.is_none() => stop_by = Some(coordinator.stop(leave).await),
@@ -324,18 +342,28 @@ impl Coordinator {
         let event = match event {
             SessionEvent::Up(peer, sender) => {
                 self.sessions.insert(peer, sender);
+                self.contacts.note(peer, true, Instant::now());
                 Event::PeerUp(peer)
             }
             SessionEvent::Down(peer) => {
                 self.sessions.remove(&peer);
+                self.contacts.note(peer, false, Instant::now());
                 Event::PeerDown(peer)
             }
-            SessionEvent::Heard(node, message) => Event::Peer(node, message),
+            SessionEvent::Heard(node, message) => {
+                if let Message::Know { tuple, .. } = &message {
+                    self.make_way(node.address, tuple.reversed()).await;
+                }
+                Event::Peer(node, message)
+            }
         };
         self.handle(event).await;
     }
 
     async fn arrived(&mut self, (conn, line, socket): Arrived) {
+        if line == Line::Host {
+            self.note_host_of(conn, &socket);
+        }
         // None: given up in the meantime.
         let Some(lines) = self.lines.get_mut(&conn) else { return };
         match line {
@@ -367,6 +395,7 @@ impl Coordinator {
             Wish::Figures(answer) => drop(answer.send(self.figures())),
             Wish::Flows(answer) => self.answer_after_scan(AfterScan::Flows(answer)),
             Wish::Explain(subject, answer) => self.answer_after_scan(AfterScan::Explain(subject, answer)),
+            Wish::Peers(answer) => drop(answer.send(self.peer_views())),
             Wish::Move(conn, direction, answer) => {
                 let Some(tuple) = self.ledger.find(conn).map(|flow| flow.tuple) else {
                     let _ = answer.send(Err(Refusal::NotEstablished));
@@ -379,12 +408,15 @@ impl Coordinator {
     }
 
     fn status(&self) -> Status {
-        let counts = self.ledger.tally();
+        let (counts, rules) = (self.ledger.tally(), self.parts.lookup.rules());
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
             forwarder: self.forwarder.as_ref().map(|(pid, _)| *pid),
-            rules: self.parts.lookup.rules(),
+            rules: rules.len(),
+            rules_error: rules.error().map(str::to_owned),
+            rules_errors: rules.errors(),
+            kubernetes: self.parts.kubernetes.as_ref().map(|reach| reach.is_reached()),
             flows: self.ledger.flows().count(),
             swapped: self.ledger.swapped(),
             swaps: counts.swaps,
@@ -466,22 +498,24 @@ impl Coordinator {
         }
     }
 
-    /// Reads the rules again; wrong ones change nothing.
-    async fn look_at_rules(&mut self) {
+    async fn look_around(&mut self) {
         // A scan that has not come for so long is not worth waiting for.
         if self.scans.began.values().any(|began| began.elapsed() > FRESH) {
             self.scans.began.retain(|_, began| began.elapsed() < SCAN);
             self.answer_all();
         }
-        if self.parts.lookup.refresh(&self.parts.settings).await {
-            let verdicts: Vec<_> = self
-                .ledger
-                .flows()
-                .map(|flow| (flow.tuple, self.parts.lookup.verdict(flow.side, flow.tuple, &flow.workload)))
-                .collect();
-            for (tuple, declined) in verdicts {
-                self.handle(Event::Verdict(tuple, declined)).await;
-            }
+        self.parts.lookup.look_at_interfaces().await;
+        self.look_for_pods().await;
+    }
+
+    async fn read_rules(&mut self, reading: Reading) {
+        if !self.parts.lookup.take_rules(reading) {
+            return;
+        }
+        let verdict = |flow: &flow::Flow| self.parts.lookup.verdict(flow.side, flow.tuple, &flow.workload);
+        let verdicts: Vec<_> = self.ledger.flows().map(|flow| (flow.tuple, verdict(flow))).collect();
+        for (tuple, declined) in verdicts {
+            self.handle(Event::Verdict(tuple, declined)).await;
         }
         self.look_for_workloads().await;
     }

@@ -6,6 +6,7 @@ mod attachment;
 mod bpf;
 mod bytes;
 mod check;
+mod cluster;
 mod commands;
 mod control;
 mod coordinator;
@@ -37,6 +38,7 @@ use tokio::sync::{mpsc, watch};
 
 pub use coordinator::wire;
 
+use cluster::{Access, Cluster};
 use control::ControlSocket;
 use coordinator::{Inlets, Lookup, Parts};
 use identity::Identity;
@@ -52,6 +54,8 @@ use workload::{Runtimes, Told, Workloads};
 /// Events of tracing that may wait; more are lost, counted.
 const TRACED: usize = 16384;
 const WISHES: usize = 64;
+/// Rules that were read and not taken yet: who reads them waits.
+const READINGS: usize = 4;
 
 /// The program, from its command line to its end.
 pub fn main() -> ExitCode {
@@ -90,6 +94,7 @@ fn obey(arguments: Arguments) -> Result<()> {
         Command::Flows { question, watch: true } => terminal::run(&question.control.path),
         Command::Flows { question, watch: false } => commands::flows(&question),
         Command::Explain { what, question } => commands::explain(what, question.json, &question.control.path),
+        Command::Peers(question) => commands::peers(&question),
         Command::Swap { conn, control } => commands::swap(conn.0, &control.path),
         Command::Pki(command) => Ok(trust::pki::obey(&command)?),
         Command::SwapBack { conn, control, .. } => commands::swap_back(conn, &control.path),
@@ -116,13 +121,29 @@ async fn run(settings: Settings) -> Result<()> {
     if let Some(obstacle) = check::obstacle(&check::judge(&check::probe(&settings).await)) {
         bail!("{obstacle}");
     }
-    let rules = RuleSet::load(&settings.rules)?;
+    let (readings, rules_read) = mpsc::channel(READINGS);
+    let access = Access::find(&settings.cluster).await?;
+    // With Kubernetes they may come from the ConfigMap alone.
+    let rules = match &access {
+        Some(_) if !settings.rules.exists() => RuleSet::awaited(),
+        Some(_) | None => {
+            let rules = RuleSet::load(&settings.rules)?;
+            tokio::spawn(rules::watch_path(settings.rules.clone(), readings.clone()));
+            rules
+        }
+    };
+    let cluster = match access {
+        Some(access) => Some(Cluster::start(access, readings).await?),
+        None => None,
+    };
     let (workloads, told) = workloads(&settings)?;
     let netlink = peers::netlink()?;
     let interfaces = Interfaces::find(&netlink, &settings.overlay_if, &settings.host_if).await?;
     let IpAddr::V4(host_address) = interfaces.host_address else { bail!("HOST_IF has no IPv4 address") };
     let trust = Trust::open(&settings.trust, interfaces.host_address)?;
-    let peers = Peers::load(settings.peers.as_deref(), netlink.clone(), interfaces.overlay_index)?;
+    log::info!("interfaces: {}", interfaces.found);
+    let pods = cluster.as_ref().map(|cluster| cluster.pods.clone()).unwrap_or_default();
+    let peers = Peers::load(settings.peers.as_deref(), pods, netlink.clone())?;
     let listener = coordinator::listen(settings.router_port).with_context(|| {
         format!("ROUTER_PORT={}: cannot be listened on; is another router running?", settings.router_port)
     })?;
@@ -147,8 +168,10 @@ async fn run(settings: Settings) -> Result<()> {
     );
     let lookup = Lookup::new(netlink, interfaces, peers, workloads, processes, rules)?;
     let serving = tokio::spawn(control.serve(wishes));
-    let parts = Parts { settings, host_address, lookup, identity, scope, tracer, watch, trust };
-    let inlets = Inlets { traced: from_trace, told, peers: listener, wishes: from_control };
+    let kubernetes = cluster.map(|cluster| cluster.reach);
+    let parts = Parts { settings, host_address, lookup, identity, scope, tracer, watch, trust, kubernetes };
+    let inlets =
+        Inlets { traced: from_trace, told, peers: listener, wishes: from_control, rules: rules_read };
     let result = coordinator::run(parts, inlets).await;
     // Its socket goes with it.
     serving.abort();

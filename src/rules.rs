@@ -6,9 +6,11 @@
 //! has the server's address in `from` and the client's in `to` lets the connection be swapped; no cidr rule lets all
 //! through. Both routers of a connection must say yes.
 //!
-//! Pure but for [`RuleSet::load`].
+//! They are read from a path, or by watch from the ConfigMap itself ([`crate::cluster`]): either way a [`Reading`] comes,
+//! and [`InForce`] says what becomes of it. Pure but for [`RuleSet::load`] and [`watch_path`].
 
 mod after;
+mod in_force;
 mod judged;
 pub(crate) mod parse;
 pub(crate) mod source;
@@ -18,8 +20,10 @@ mod tests;
 use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 
 pub use after::After;
+pub use in_force::{InForce, Origin, Outcome, Reading};
 use ipnetwork::IpNetwork;
 pub use judged::Judged;
+pub use source::watch_path;
 
 /// One rule, as a key of the ConfigMap holds it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,8 +60,13 @@ pub enum RuleError {
     Unreadable { path: PathBuf, source: std::io::Error },
     #[error("{path}: not a ConfigMap manifest: {reason}", path = path.display())]
     Manifest { path: PathBuf, reason: String },
-    #[error("{path}:{line}: rule {key}: {reason}", path = path.display())]
-    Rule { path: PathBuf, line: usize, key: String, reason: String },
+    /// `place`: a file, or a key of a ConfigMap.
+    #[error("{place}:{line}: rule {key}: {reason}")]
+    Rule { place: String, line: usize, key: String, reason: String },
+    #[error(
+        "there is no ConfigMap {namespace}/{name}: make one (kubectl apply -n {namespace} -f rules/all-pods.yaml)"
+    )]
+    NoConfigMap { namespace: String, name: &'static str },
 }
 
 /// A connection to be held against the rules, as one end sees it.
@@ -83,15 +92,24 @@ pub enum Verdict {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RuleSet {
     rules: Vec<Rule>,
+    /// None have been read yet: nothing may be swapped.
+    awaited: bool,
 }
 
 impl RuleSet {
+    pub fn awaited() -> RuleSet {
+        RuleSet { rules: Vec::new(), awaited: true }
+    }
+
     pub fn len(&self) -> usize {
         self.rules.len()
     }
 
     /// Of each kind of rule that there is, one must hold.
     pub fn decide(&self, candidate: &Candidate<'_>) -> Verdict {
+        if self.awaited {
+            return Verdict::Leave { why: "no rules are known yet".into() };
+        }
         for kind in Kind::is_of_each_kind() {
             let mut rules = self.rules.iter().filter(|rule| kind(&rule.kind)).peekable();
             if rules.peek().is_some() && !rules.any(|rule| rule.kind.holds(candidate)) {

@@ -8,6 +8,7 @@ use forwarder_api::ConnId;
 use log::LevelFilter;
 
 use crate::{
+    cluster::ClusterSettings,
     commands::Asked,
     trust::{TrustSettings, pki::PkiCommand},
     workload::WorkloadSettings,
@@ -45,6 +46,8 @@ pub enum Command {
         #[command(flatten)]
         question: Question,
     },
+    /// The hosts of other ends: address, how it was found, whether its router is reached and since when, connections.
+    Peers(Question),
     /// Move one connection onto the host network now.
     Swap {
         /// As `router flows` names it.
@@ -93,11 +96,13 @@ const CONTROL: &str = "/run/ebpf-router/router.sock";
 /// How the router is to run.
 #[derive(Args, Clone, Debug)]
 pub struct Settings {
-    /// Interface of the overlay network, such as flannel.1 or tunl0: routes through it tell where a peer is.
+    /// Interface of the overlay network, such as flannel.1 or tunl0: routes through it tell where a peer is. Without it, the
+    /// VXLAN or IPIP interface that has routes to other hosts.
     #[arg(long, env = "OVERLAY_IF", value_name = "NAME", default_value = "", hide_default_value = true)]
     pub overlay_if: String,
 
-    /// Interface of the hosts' own network: its IPv4 address is where swapped connections come and go.
+    /// Interface of the hosts' own network: its IPv4 address is where swapped connections come and go. Without it, the one
+    /// that carries the overlay, or has the default route.
     #[arg(long, env = "HOST_IF", value_name = "NAME", default_value = "", hide_default_value = true)]
     pub host_if: String,
 
@@ -114,14 +119,15 @@ pub struct Settings {
     #[arg(long, env = "ROUTER_LOG_FORMAT", default_value = "text", value_name = "text|json")]
     pub log_format: logging::Format,
 
-    /// Rules: a directory with one file a rule (a mounted ConfigMap) or a ConfigMap's manifest.
+    /// Rules: a directory with one file a rule (a mounted ConfigMap) or a ConfigMap's manifest. With Kubernetes, only until its
+    /// ConfigMap was read.
     #[arg(long, env = "ROUTER_RULES", default_value = "/etc/rules", value_name = "PATH")]
     pub rules: PathBuf,
 
     #[command(flatten)]
     pub workloads: WorkloadSettings,
 
-    /// YAML file that says which host holds which overlay addresses; asked before the routes of OVERLAY_IF.
+    /// YAML file that says which host holds which overlay addresses; asked after Kubernetes, before the routes of OVERLAY_IF.
     #[arg(long, env = "ROUTER_PEERS", value_name = "FILE")]
     pub peers: Option<PathBuf>,
 
@@ -160,6 +166,8 @@ pub struct Settings {
     pub trust: TrustSettings,
     #[command(flatten)]
     pub see: See,
+    #[command(flatten)]
+    pub cluster: ClusterSettings,
 }
 
 /// Where the router shows what it does.
@@ -208,8 +216,6 @@ fn log_level(text: &str) -> Result<LevelFilter, String> {
 /// A setting that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum SettingError {
-    #[error("{name} is not set: give the name of an interface, as `ip link` shows it ({example})")]
-    Missing { name: &'static str, example: &'static str },
     #[error(
         "no cgroup2 is mounted: mount it (mount -t cgroup2 none /sys/fs/cgroup/unified), or give --cgroup"
     )]
@@ -217,19 +223,6 @@ pub enum SettingError {
 }
 
 impl Settings {
-    /// What has no default must be there.
-    pub fn complete(&self) -> Result<(), SettingError> {
-        for (name, value, example) in [
-            ("OVERLAY_IF", &self.overlay_if, "flannel.1, vxlan.calico, tunl0"),
-            ("HOST_IF", &self.host_if, "eth0, ens5"),
-        ] {
-            if value.is_empty() {
-                return Err(SettingError::Missing { name, example });
-            }
-        }
-        Ok(())
-    }
-
     pub fn scope(&self) -> Result<PathBuf, SettingError> {
         self.cgroup.clone().or_else(cgroup2_mount).ok_or(SettingError::NoCgroup2)
     }

@@ -43,13 +43,13 @@ pub struct Figures {
 
 impl Coordinator {
     pub(super) fn figures(&self) -> Figures {
-        let (rules_error, rule_errors) = self.parts.lookup.rule_errors();
+        let rules = self.parts.lookup.rules();
         let mut figures = Figures {
             tally: self.ledger.tally().clone(),
             forwarder_is_up: self.forwarder.is_some(),
-            rules: self.parts.lookup.rules(),
-            rules_are_wrong: rules_error.is_some(),
-            rule_errors,
+            rules: rules.len(),
+            rules_are_wrong: rules.error().is_some(),
+            rule_errors: rules.errors(),
             not_traced: self.parts.tracer.drops(),
             peers: self.ledger.peers().iter().map(|(peer, reached)| (*peer, *reached)).collect(),
             ..Figures::default()
@@ -113,9 +113,11 @@ impl Coordinator {
     fn facts<'a>(&'a self, flow: &'a Flow) -> Facts<'a> {
         let lookup = &self.parts.lookup;
         let (rules, after) = lookup.judge(flow.side, flow.tuple, &flow.workload);
-        let peer_is_up = match flow.home {
-            Home::Peer(peer) => self.ledger.peers().get(&peer).copied().unwrap_or_default(),
-            Home::SameHost | Home::Nowhere(_) => false,
+        let (peer_source, peer_is_up) = match flow.home {
+            Home::Peer(peer) => {
+                (lookup.source_of(peer), self.ledger.peers().get(&peer).copied().unwrap_or_default())
+            }
+            Home::SameHost | Home::Nowhere(_) => (None, false),
         };
         Facts {
             flow,
@@ -123,6 +125,7 @@ impl Coordinator {
             rules,
             after,
             never_swapped: lookup.never_swapped(flow.tuple),
+            peer_source,
             peer_is_up,
             forwarder: self.forwarder.as_ref().map(|(pid, _)| *pid),
             is_stopping: self.ledger.is_stopping(),

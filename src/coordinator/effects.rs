@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Carries the ledger's actions out.
 
-use std::{io, net::SocketAddr, os::fd::OwnedFd};
+use std::{io, net::SocketAddr, os::fd::OwnedFd, time::Instant};
 
 use forwarder_api::{ConnId, Direction, Moved, Refusal, Request};
 
@@ -30,6 +30,9 @@ impl Coordinator {
             }
             Action::Connect { conn, family, peer, rendezvous } => {
                 let address = self.parts.host_address;
+                if let Some((to, _)) = &rendezvous.host {
+                    self.contacts.note_host(peer, to.ip().to_canonical(), Instant::now());
+                }
                 let control = SocketAddr::new(peer, self.parts.settings.router_port);
                 let host = async move {
                     match rendezvous.host {

@@ -15,7 +15,10 @@ use super::{
     negotiation::State,
     wire::Cause,
 };
-use crate::rules::{After, Judged};
+use crate::{
+    peers::Source,
+    rules::{After, Judged},
+};
 
 /// What is asked about.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,6 +77,8 @@ pub struct Facts<'a> {
     pub rules: Vec<Judged>,
     pub after: After,
     pub never_swapped: Option<IpAddr>,
+    /// Who told of the peer, if that was since the router started.
+    pub peer_source: Option<Source>,
     pub peer_is_up: bool,
     pub forwarder: Option<u32>,
     pub is_stopping: bool,
@@ -228,7 +233,8 @@ fn other_end(facts: &Facts<'_>) -> Vec<Step> {
             vec![there, mate]
         }
         Home::Peer(peer) => {
-            let found = format!("{peer} holds it, by the list of peers or the route through OVERLAY_IF");
+            let source = facts.peer_source.map_or("before the router started", Source::sentence);
+            let found = format!("{peer} holds it, as was found {source}");
             let reached = if facts.peer_is_up {
                 Step::new("peer's router", Says::Yes, format!("{peer} is reached"))
             } else {

@@ -227,6 +227,12 @@ impl Flow {
         }
     }
 
+    /// Nobody answers for its other end.
+    pub fn lacks_a_peer(&self) -> bool {
+        let may_be_found = matches!(self.home, Home::Peer(_) | Home::Nowhere(Refusal::NoPeerHost));
+        may_be_found && self.on_host().is_none() && self.peer_says == PeerSays::Nothing
+    }
+
     /// Is it where a move in this direction would take it?
     pub fn has_arrived(&self, direction: Direction) -> bool {
         match direction {

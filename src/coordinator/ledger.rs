@@ -118,6 +118,8 @@ pub enum Event {
     ParkedEnded(ConnId),
     /// The host connection could be made, or not.
     Path(ConnId, bool),
+    /// The other end has been found on another host, or at another address of its host.
+    Relocated(Tuple, PeerAddress),
     PeerUp(PeerAddress),
     PeerDown(PeerAddress),
     Peer(Node, Message),
@@ -275,6 +277,7 @@ impl Ledger {
             Event::ParkedEnded(conn) => self.no_way_back(conn),
             Event::Path(conn, true) => self.step_conn(conn, Input::PathReady),
             Event::Path(conn, false) => self.step_conn(conn, Input::PathFailed),
+            Event::Relocated(tuple, peer) => self.relocated(tuple, peer),
             Event::PeerUp(peer) => self.peer_up(peer),
             Event::PeerDown(peer) => self.peer_down(peer),
             Event::Peer(node, message) => self.peer_said(&node, message),
@@ -325,6 +328,18 @@ impl Ledger {
 
     pub fn peers(&self) -> &BTreeMap<PeerAddress, bool> {
         &self.peers
+    }
+
+    pub fn flow(&self, tuple: Tuple) -> Option<&Flow> {
+        self.flows.get(&tuple).map(Box::as_ref)
+    }
+
+    /// The host of this connection's other end.
+    pub fn peer_of(&self, conn: ConnId) -> Option<PeerAddress> {
+        match self.flow(*self.conns.get(&conn)?)?.home {
+            Home::Peer(peer) => Some(peer),
+            Home::SameHost | Home::Nowhere(_) => None,
+        }
     }
 
     pub fn find(&self, conn: ConnId) -> Option<&Flow> {

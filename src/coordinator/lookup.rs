@@ -22,17 +22,16 @@ use super::{
 use crate::{
     attachment::Attachments,
     identity::Names,
-    peers::{Interfaces, Peers, Whereabouts},
+    peers::{Facts, Interfaces, PeerAddress, Peers, Source, Whereabouts},
     process::Processes,
-    rules::{After, Candidate, Judged, RuleSet, Verdict, is_never_swapped},
-    settings::Settings,
+    rules::{After, Candidate, InForce, Judged, Outcome, Reading, RuleSet, Verdict, is_never_swapped},
     trace::{Connection, Side},
     workload::{Told, Workload, Workloads},
 };
 
-/// How long a route that was looked up is believed, and how many are kept.
-const ROUTE: Duration = Duration::from_secs(2);
-const MAX_ROUTES: usize = 4096;
+/// How long what was looked up of an address is believed, and of how many it is kept.
+const FACTS: Duration = Duration::from_secs(2);
+const MAX_FACTS: usize = 4096;
 /// Of include/net/tcp_states.h.
 const TCP_ESTABLISHED: u8 = 1;
 
@@ -47,11 +46,13 @@ pub struct Lookup {
     processes: Processes,
     /// Whoever sees new connections reads them as well.
     rules: watch::Sender<RuleSet>,
-    /// What was wrong with them the last time, so that it is said once; and how often something else was.
-    rules_error: Option<String>,
-    rule_errors: u64,
+    in_force: InForce,
     own_netns: u32,
-    routes: HashMap<IpAddr, (Instant, Whereabouts)>,
+    facts: HashMap<IpAddr, (Instant, Facts)>,
+    /// Who told of each peer.
+    sources: HashMap<PeerAddress, Source>,
+    /// Of the pods' hosts, when they were last looked at for connections without a peer.
+    pods_version: u64,
 }
 
 /// What the kernel shows of a connection, whichever way.
@@ -86,6 +87,7 @@ impl Lookup {
         rules: watch::Sender<RuleSet>,
     ) -> io::Result<Lookup> {
         let own_netns = std::fs::metadata("/proc/self/ns/net")?.ino() as u32;
+        let in_force = InForce::new(rules.borrow().clone());
         Ok(Lookup {
             attachments: Attachments::new(netlink.clone()),
             netlink,
@@ -95,21 +97,16 @@ impl Lookup {
             containers: HashSet::new(),
             processes,
             rules,
-            rules_error: None,
-            rule_errors: 0,
+            in_force,
             own_netns,
-            routes: HashMap::new(),
+            facts: HashMap::new(),
+            sources: HashMap::new(),
+            pods_version: 0,
         })
     }
 
-    /// How many rules are in force.
-    pub fn rules(&self) -> usize {
-        self.rules.borrow().len()
-    }
-
-    /// What is wrong with the rules as they stand now, so that older ones are in force; and how often they were wrong.
-    pub fn rule_errors(&self) -> (Option<&str>, u64) {
-        (self.rules_error.as_deref(), self.rule_errors)
+    pub fn rules(&self) -> &InForce {
+        &self.in_force
     }
 
     /// What the rules say of this connection, one by one, and when it is old enough.
@@ -250,55 +247,84 @@ impl Lookup {
         if self.never_swapped(tuple).is_some() {
             return Home::Nowhere(Refusal::HostAddress);
         }
-        match self.whereabouts(tuple.remote.ip()).await {
-            Whereabouts::Peer(peer) => Home::Peer(peer),
+        let of = tuple.remote.ip();
+        match self.facts(of).await.whereabouts(&self.interfaces.addresses) {
+            Whereabouts::Peer(peer, source) => {
+                self.sources.insert(peer, source);
+                Home::Peer(peer)
+            }
             Whereabouts::Host => Home::Nowhere(Refusal::HostAddress),
             Whereabouts::NotOnOverlay => Home::Nowhere(Refusal::NoPeerHost),
         }
     }
 
-    async fn whereabouts(&mut self, of: IpAddr) -> Whereabouts {
-        if let Some((when, known)) = self.routes.get(&of)
-            && when.elapsed() < ROUTE
+    /// Is `heard` another address of the host of a connection's other end, at which that host is to be spoken to instead
+    /// of `home`?
+    pub async fn makes_way(&mut self, of: IpAddr, home: PeerAddress, heard: PeerAddress) -> bool {
+        let source = self.facts(of).await.makes_way(home, heard);
+        if let Some(source) = source {
+            self.sources.insert(heard, source);
+        }
+        source.is_some()
+    }
+
+    /// Who told of this peer, if it was told since we started.
+    pub fn source_of(&self, peer: PeerAddress) -> Option<Source> {
+        self.sources.get(&peer).copied()
+    }
+
+    /// Has more been heard of pods' hosts since this was last asked?
+    pub fn knows_more_pods(&mut self) -> bool {
+        let version = self.peers.pods().version();
+        std::mem::replace(&mut self.pods_version, version) != version
+    }
+
+    /// The host that this pod's status names, if it is another than this.
+    pub fn host_of_pod(&mut self, pod: IpAddr) -> Option<PeerAddress> {
+        let host = self.peers.pods().host_of(pod).filter(|host| !self.interfaces.addresses.contains(host))?;
+        self.sources.insert(host, Source::Kubernetes);
+        Some(host)
+    }
+
+    async fn facts(&mut self, of: IpAddr) -> Facts {
+        if let Some((when, known)) = self.facts.get(&of)
+            && when.elapsed() < FACTS
         {
             return *known;
         }
-        let found = self.peers.find(of).await.unwrap_or_else(|error| {
+        let found = self.peers.facts(of, &self.interfaces).await.unwrap_or_else(|error| {
             log::warn!("{of}: no peer can be found: {error}");
-            Whereabouts::NotOnOverlay
+            Facts::default()
         });
-        if self.routes.len() >= MAX_ROUTES {
-            self.routes.clear();
+        if self.facts.len() >= MAX_FACTS {
+            self.facts.clear();
         }
-        self.routes.insert(of, (Instant::now(), found));
+        self.facts.insert(of, (Instant::now(), found));
         found
     }
 
-    /// Look again at rules and addresses. True if the rules are others than before; wrong ones are not taken.
-    pub async fn refresh(&mut self, settings: &Settings) -> bool {
-        match Interfaces::find(&self.netlink, &settings.overlay_if, &settings.host_if).await {
+    /// Look again at the addresses of this host.
+    pub async fn look_at_interfaces(&mut self) {
+        let (overlay_if, host_if) = (&self.interfaces.overlay_if, &self.interfaces.host_if);
+        match Interfaces::find(&self.netlink, overlay_if, host_if).await {
             Ok(interfaces) => self.interfaces = interfaces,
             Err(error) => log::debug!("{error}"),
         }
-        match RuleSet::load(&settings.rules) {
-            Ok(rules) => {
-                self.rules_error = None;
-                let (number, path) = (rules.len(), settings.rules.display());
-                let changed = self.rules.send_if_modified(|now| std::mem::replace(now, rules) != *now);
-                if changed {
-                    log::info!("{number} rules are read from {path}");
-                }
-                changed
+    }
+
+    /// True if the rules are others than before; wrong ones are not taken.
+    pub fn take_rules(&mut self, reading: Reading) -> bool {
+        match self.in_force.take(reading) {
+            Outcome::Changed(rules) => {
+                log::info!("{} rules are in force", rules.len());
+                self.rules.send_replace(rules);
+                true
             }
-            Err(error) => {
-                let error = error.to_string();
-                if self.rules_error.as_ref() != Some(&error) {
-                    log::error!("the rules stay as they were: {error}");
-                    self.rules_error = Some(error);
-                    self.rule_errors += 1;
-                }
+            Outcome::Wrong(error) => {
+                log::error!("the rules stay as they were: {error}");
                 false
             }
+            Outcome::Same => false,
         }
     }
 }

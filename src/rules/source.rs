@@ -1,11 +1,40 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Where rules come from: a ConfigMap mounted as a directory, one file a rule, or a ConfigMap's manifest.
+//! Where rules come from: a ConfigMap itself, one mounted as a directory, one file a rule, or a ConfigMap's manifest.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use serde_yaml::Value;
+use tokio::{
+    sync::mpsc,
+    time::{MissedTickBehavior, interval},
+};
 
-use super::{Rule, RuleError, RuleSet, parse};
+use super::{Origin, Reading, Rule, RuleError, RuleSet, parse};
+
+/// Between two looks at files that may have changed. Whoever mounts a ConfigMap takes up to a minute to change them.
+const LOOK: Duration = Duration::from_secs(2);
+
+/// Reads the rules at `path` again and again, for ever; what differs from before is told.
+pub async fn watch_path(path: PathBuf, readings: mpsc::Sender<Reading>) {
+    let mut ticks = interval(LOOK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut before = None;
+    loop {
+        ticks.tick().await;
+        let rules = RuleSet::load(&path);
+        let now = rules.as_ref().map_err(ToString::to_string).cloned();
+        if before.as_ref() == Some(&now) {
+            continue;
+        }
+        before = Some(now);
+        if readings.send(Reading { origin: Origin::Path, rules }).await.is_err() {
+            return;
+        }
+    }
+}
 
 impl RuleSet {
     /// Read all rules at `path`. One that is wrong makes the whole set wrong: half a set could swap too much.
@@ -16,8 +45,29 @@ impl RuleSet {
         } else {
             manifest(path, &std::fs::read_to_string(path).map_err(unreadable)?)?
         };
-        Ok(RuleSet { rules })
+        Ok(RuleSet { rules, awaited: false })
     }
+
+    /// The rules in a ConfigMap's data; `name` is what errors call it.
+    pub fn of_config_map<'a>(
+        name: &str,
+        data: impl Iterator<Item = (&'a str, &'a str)>,
+    ) -> Result<RuleSet, RuleError> {
+        let rules = data
+            .map(|(key, text)| rule(key, text, format!("{name}, key {key}")))
+            .collect::<Result<_, _>>()?;
+        Ok(RuleSet { rules, awaited: false })
+    }
+}
+
+fn rule(key: &str, text: &str, place: String) -> Result<Rule, RuleError> {
+    let kind = parse::rule(text).map_err(|wrong| RuleError::Rule {
+        place,
+        line: wrong.line.max(1),
+        key: key.to_owned(),
+        reason: wrong.reason,
+    })?;
+    Ok(Rule { key: key.to_owned(), kind })
 }
 
 /// A mounted ConfigMap: `..data` points to the present version, each key is a link into it. Names with a dot in
@@ -39,13 +89,7 @@ fn directory(path: &Path) -> Result<Vec<Rule>, RuleError> {
     for file in files.into_iter().filter(|file| file.is_file()) {
         let key = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let text = std::fs::read_to_string(&file).map_err(unreadable(&file))?;
-        let kind = parse::rule(&text).map_err(|wrong| RuleError::Rule {
-            path: file.clone(),
-            line: wrong.line.max(1),
-            key: key.clone(),
-            reason: wrong.reason,
-        })?;
-        rules.push(Rule { key, kind });
+        rules.push(rule(&key, &text, file.display().to_string())?);
     }
     Ok(rules)
 }
@@ -69,7 +113,7 @@ pub fn manifest(path: &Path, text: &str) -> Result<Vec<Rule>, RuleError> {
             return Err(wrong(format!("data.{key:?}: expected text, `{key:?}: |` and a rule under it")));
         };
         let kind = parse::rule(value).map_err(|wrong| RuleError::Rule {
-            path: path.to_owned(),
+            place: path.display().to_string(),
             line: line_of_key(text, key) + wrong.line,
             key: key.to_owned(),
             reason: wrong.reason,

@@ -9,7 +9,7 @@ fn labels(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
 
 fn rules(texts: &[&str]) -> RuleSet {
     let rule = |text: &&str| Rule { key: "r".into(), kind: parse::rule(text).unwrap() };
-    RuleSet { rules: texts.iter().map(rule).collect() }
+    RuleSet { rules: texts.iter().map(rule).collect(), awaited: false }
 }
 
 /// Does the connection from `client` to `server`, of a container with these pod labels, get swapped?
@@ -33,6 +33,14 @@ fn check_wrong(text: &str, line: usize, reason: &str) {
 #[test]
 fn without_rules_every_connection_may_be_swapped() {
     check(&[], "10.0.0.1", "10.0.0.2", &[], true);
+}
+
+#[test]
+fn before_rules_are_known_nothing_is_swapped() {
+    let none = BTreeMap::new();
+    let (server, client) = ("10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap());
+    let candidate = Candidate { server, client, pod_labels: &none, container_labels: &none };
+    assert!(matches!(RuleSet::awaited().decide(&candidate), Verdict::Leave { .. }));
 }
 
 #[test]

@@ -37,6 +37,7 @@ fn check_with(
         rules: vec![Judged { rule: "pods".into(), holds: true, why: "both are in".into() }],
         after: After::DEFAULT,
         never_swapped: None,
+        peer_source: Some(Source::Route),
         peer_is_up: true,
         forwarder: Some(100),
         is_stopping: false,

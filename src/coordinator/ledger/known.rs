@@ -9,8 +9,8 @@ use std::{
 use forwarder_api::{ConnId, Refusal, Request, SocketInode};
 
 use super::{
-    Action, Flow, GRACE, Home, Input, Learned, Ledger, MAX_FLOWS, NotedEnd, OnHost, Path, PeerSays, Restored,
-    Stranded, Traffic, Tuple,
+    Action, Flow, GRACE, Home, Input, Learned, Ledger, MAX_FLOWS, NotedEnd, OnHost, Path, PeerAddress,
+    PeerSays, Restored, Stranded, Traffic, Tuple,
 };
 
 impl Ledger {
@@ -53,13 +53,7 @@ impl Ledger {
             self.refuse(tuple, reason);
         }
         match home {
-            Home::Peer(peer) => {
-                self.reach(peer);
-                if self.is_up(peer) {
-                    self.tell_know(tuple, false);
-                }
-                self.set_alarm(tuple, self.now + GRACE);
-            }
+            Home::Peer(peer) => self.introduce(tuple, peer),
             Home::SameHost | Home::Nowhere(Refusal::NoPeerHost) => {
                 self.pair(tuple);
                 self.set_alarm(tuple, self.now + GRACE);
@@ -67,6 +61,29 @@ impl Ledger {
             Home::Nowhere(reason) => self.refuse(tuple, reason),
         }
         self.consider(tuple);
+    }
+
+    /// Ask the peer's router about a connection, and give it time to answer.
+    fn introduce(&mut self, tuple: Tuple, peer: PeerAddress) {
+        self.reach(peer);
+        if self.is_up(peer) {
+            self.tell_know(tuple, false);
+        }
+        self.set_alarm(tuple, self.now + GRACE);
+    }
+
+    /// One that is swapped, or about to be, stays with the router that this was agreed with.
+    pub(super) fn relocated(&mut self, tuple: Tuple, peer: PeerAddress) {
+        let Some(flow) = self.flows.get_mut(&tuple) else { return };
+        if flow.home == Home::Peer(peer) || flow.attempt.is_some() || flow.on_host().is_some() {
+            return;
+        }
+        flow.home = Home::Peer(peer);
+        flow.peer_says = PeerSays::Nothing;
+        let of_another_home =
+            [Refusal::NoPeerHost, Refusal::PeerUnknown, Refusal::PeerUnreachable, Refusal::PeerGone];
+        flow.reason = flow.reason.filter(|reason| !of_another_home.contains(reason));
+        self.introduce(tuple, peer);
     }
 
     /// Are both ends here?

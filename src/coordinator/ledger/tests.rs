@@ -261,6 +261,23 @@ fn an_end_that_the_peer_does_not_know_stays_with_that_reason() {
 }
 
 #[test]
+fn a_connection_is_swapped_once_its_peer_is_found_and_stays_with_it_then() {
+    let elsewhere = "192.0.2.9".parse().unwrap();
+    for unknown in [Home::Peer(elsewhere), Home::Nowhere(Refusal::NoPeerHost)] {
+        let mut world = World::new();
+        world.at(0, world.learned(tuple(), unknown, None));
+        world.learn(1, None);
+        world.wait(Duration::from_secs(2));
+        world.expect_all_on_overlay();
+        world.at(0, Event::Relocated(tuple(), THERE));
+        world.expect_all(Shown::Host);
+        world.at(0, Event::Relocated(tuple(), elsewhere));
+        world.at(0, Event::Order(tuple(), Direction::ToOverlay));
+        world.expect_all(Shown::Overlay);
+    }
+}
+
+#[test]
 fn a_peer_that_is_lost_is_a_reason_until_it_is_back() {
     let mut world = World::new();
     world.learn(0, None);

@@ -70,6 +70,25 @@ pub struct Status {
     pub false_claims: u64,
     #[serde(default)]
     pub drops: u64,
+    /// What is wrong with the rules that were read last.
+    #[serde(default)]
+    pub rules_error: Option<String>,
+    #[serde(default)]
+    pub rules_errors: u64,
+    /// Is the API server reached?
+    #[serde(default)]
+    pub kubernetes: Option<bool>,
+}
+
+/// A host of other ends in `router peers --json`.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Peer {
+    pub address: String,
+    pub found_by: Option<String>,
+    pub reached: bool,
+    pub host_address: Option<String>,
+    pub connections: u64,
+    pub swapped: u64,
 }
 
 impl Host {
@@ -95,6 +114,22 @@ impl Host {
         // A list, or an object with a list in it.
         let list = value.get("flows").cloned().unwrap_or_else(|| value.clone());
         serde_json::from_value(list).with_context(|| format!("flows {value}"))
+    }
+
+    pub fn peers(&self) -> Result<Vec<Peer>> {
+        let value = self.ask_json(&["peers", "--json"])?;
+        serde_json::from_value(value.clone()).with_context(|| format!("peers {value}"))
+    }
+
+    /// Waits until the router's status is as `wanted` says.
+    pub fn wait_for_status(&self, what: &str, wanted: impl Fn(&Status) -> bool) -> Result<Status> {
+        let mut last = None;
+        wait_for(&format!("the status of {} to say: {what}", self.name), DEADLINE, || {
+            let status = self.status()?;
+            last = Some(status.clone());
+            Ok(wanted(&status).then_some(status))
+        })
+        .with_context(|| format!("the status at that time: {last:#?}"))
     }
 
     pub fn swap_back_all(&self) -> Result<()> {

@@ -15,6 +15,7 @@
 //! # Ok(()) }
 //! ```
 
+mod api_server;
 mod cgroup;
 mod control;
 mod direct;
@@ -43,8 +44,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+pub use api_server::ApiServer;
 pub use cgroup::Cgroup;
-pub use control::{Flow, Status};
+pub use control::{Flow, Peer, Status};
 pub use direct::Direct;
 pub use fault::{Cut, leave_descriptors, limit_descriptors};
 pub use host::{Host, RULE_FOR_ALL_PODS, RULE_FOR_ALL_PODS_V6, RouterOptions};

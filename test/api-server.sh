@@ -1,0 +1,42 @@
+#!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
+# Builds the Kubernetes API server of Debian's source package, once, with Debian's Go: Debian has etcd and kubectl as
+# packages, but no server. It takes some minutes, and is kept in ~/.cache/ebpf-router. The tests of
+# test/lab/tests/cluster.rs start it; `./init.sh cluster` installs what this needs.
+set -euo pipefail
+
+version=1.20.2
+url="http://deb.debian.org/debian/pool/main/k/kubernetes/kubernetes_1.20.5+really$version.orig.tar.gz"
+sum=b83c0780efb182d928dc63d46488a847f161f04e40a94b96bf5247dd671ecdfc
+cache=$HOME/.cache/ebpf-router
+server=$cache/kube-apiserver
+
+[[ ! -x $server ]] || exit 0
+mkdir -p "$cache"
+work=$(mktemp -d "$cache/build.XXXXXX")
+# Go makes its files read-only.
+trap 'chmod -R u+w "$work" && rm -rf "$work"' EXIT
+
+curl -sSfL -o "$work/source.tar.gz" "$url" || { echo "error: $url: cannot be downloaded" >&2; exit 1; }
+echo "$sum  $work/source.tar.gz" | sha256sum --check --quiet ||
+    { echo "error: $url: not the file that was expected; its sum should be $sum" >&2; exit 1; }
+
+# Go 1.19 does not take the vendored modules of Go 1.15, but a GOPATH.
+export GOPATH=$work/gopath GO111MODULE=off GOFLAGS= CGO_ENABLED=0
+source=$GOPATH/src/k8s.io/kubernetes
+mkdir -p "$source"
+tar -xzf "$work/source.tar.gz" -C "$source" --strip-components 1
+cd "$source"
+
+# As `make generated_files` does: the only generated file that the source lacks.
+go build -o "$work/openapi-gen" ./vendor/k8s.io/kube-openapi/cmd/openapi-gen
+packages=$(grep -rl --include='*.go' '^// +k8s:openapi-gen=true' staging/src/k8s.io pkg cmd plugin |
+    grep -v -e code-generator/ -e sample-apiserver/ | xargs -n 1 dirname | sort -u |
+    sed 's,^staging/src/,k8s.io/kubernetes/vendor/,; t; s,^,k8s.io/kubernetes/,' | paste -sd ,)
+"$work/openapi-gen" --logtostderr -i "$packages" -p k8s.io/kubernetes/pkg/generated/openapi -O zz_generated.openapi \
+    -h vendor/k8s.io/code-generator/hack/boilerplate.go.txt -r "$work/violations"
+
+flags="-s -w -X k8s.io/component-base/version.gitVersion=v$version"
+flags+=" -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=20"
+nice go build -ldflags "$flags" -o "$work/kube-apiserver" ./cmd/kube-apiserver
+mv "$work/kube-apiserver" "$server"

@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A Kubernetes API server with its etcd, on a host of the lab: real, but without nodes. What a kubelet would say of pods
+//! is said by the test.
+//!
+//! `test/api-server.sh` builds the server once.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use crate::{DEADLINE, Host, Place, Pod, Process, RouterOptions, wait_for};
+
+const PORT: u16 = 6443;
+const ADMIN: &str = "admin";
+/// May do what the router's role allows, and no more.
+const ROUTER: &str = "router";
+
+/// What a router needs.
+const ROLES: &str = "
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {name: ebpf-router}
+rules:
+- {apiGroups: [''], resources: [pods], verbs: [list, watch]}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: Role
+metadata: {name: ebpf-router, namespace: kube-system}
+rules:
+- {apiGroups: [''], resources: [configmaps], resourceNames: [ebpf-router-rules], verbs: [list, watch]}
+- {apiGroups: [''], resources: [events], verbs: [create]}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: ebpf-router}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: ebpf-router}
+subjects: [{apiGroup: rbac.authorization.k8s.io, kind: User, name: router}]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata: {name: ebpf-router, namespace: kube-system}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: Role, name: ebpf-router}
+subjects: [{apiGroup: rbac.authorization.k8s.io, kind: User, name: router}]
+";
+
+pub struct ApiServer {
+    place: Place,
+    directory: PathBuf,
+    url: String,
+    address: String,
+    starts: u32,
+    /// Before etcd: it is dropped first.
+    server: Option<Process>,
+    _etcd: Process,
+}
+
+impl ApiServer {
+    /// On this host, ready, with a role for routers.
+    pub fn start(host: &Host) -> Result<ApiServer> {
+        let directory = host.place().directory.join("api-server");
+        std::fs::create_dir_all(&directory)?;
+        let place = host.place().clone();
+        let mut etcd = Command::new("etcd");
+        etcd.arg("--data-dir").arg(directory.join("etcd")).args(["--log-level", "error"]);
+        let mut server = ApiServer {
+            _etcd: place.serve("etcd", &mut etcd, 2379)?,
+            place,
+            directory,
+            url: format!("https://{}:{PORT}", host.address),
+            address: host.address.to_string(),
+            starts: 0,
+            server: None,
+        };
+        server.write_secrets()?;
+        server.start_again()?;
+        server.apply("roles", ROLES)?;
+        Ok(server)
+    }
+
+    pub fn stop(&mut self) -> Result<()> {
+        let server = self.server.take().context("no API server is running")?;
+        server.signal(Signal::SIGKILL)?;
+        server.wait(DEADLINE).map(drop)
+    }
+
+    /// With all that it knew.
+    pub fn start_again(&mut self) -> Result<()> {
+        let file = |name: &str| self.directory.join(name);
+        let mut command = Command::new(program()?);
+        command
+            .args(["--bind-address", &self.address, "--advertise-address", &self.address])
+            .args(["--secure-port", &PORT.to_string(), "--etcd-servers", "http://127.0.0.1:2379"])
+            .args(["--authorization-mode", "RBAC", "--service-cluster-ip-range", "10.96.0.0/16"])
+            // No controller makes service accounts and endpoints.
+            .args(["--disable-admission-plugins", "ServiceAccount", "--endpoint-reconciler-type", "none"])
+            .args(["--service-account-issuer", "https://kubernetes.default.svc"])
+            .arg("--service-account-key-file")
+            .arg(file("account.key"))
+            .arg("--service-account-signing-key-file")
+            .arg(file("account.key"))
+            .arg("--token-auth-file")
+            .arg(file("tokens.csv"))
+            .arg("--cert-dir")
+            .arg(file("certificates"));
+        self.starts += 1;
+        self.server = Some(self.place.spawn(&format!("api-server-{}", self.starts), &mut command)?);
+        wait_for("the API server to be ready", DEADLINE * 4, || {
+            self.server.as_mut().map(Process::fail_if_ended).transpose()?;
+            let ready = self.kubectl(&["get", "--raw", "/readyz"]).is_ok();
+            Ok((ready && self.kubectl(&["get", "namespace", "kube-system"]).is_ok()).then_some(()))
+        })
+        .with_context(|| self.server.as_ref().map(Process::stderr).unwrap_or_default())
+    }
+
+    /// For [`Host::start_router`]: rules by watch from the ConfigMap alone.
+    pub fn router_options(&self) -> RouterOptions {
+        RouterOptions::with_rules(Path::new("/does/not/exist"))
+            .with("KUBECONFIG", &self.kubeconfig(ROUTER).to_string_lossy())
+    }
+
+    /// Runs kubectl as an administrator, and returns what it printed.
+    pub fn kubectl(&self, arguments: &[&str]) -> Result<String> {
+        let mut command = Command::new("kubectl");
+        command.args(arguments).env("KUBECONFIG", self.kubeconfig(ADMIN)).env("HOME", &self.directory);
+        self.place.run(&mut command)
+    }
+
+    /// `kubectl apply` of this manifest.
+    pub fn apply(&self, name: &str, manifest: &str) -> Result<()> {
+        let path = self.directory.join(format!("{name}.yaml"));
+        std::fs::write(&path, manifest)?;
+        self.kubectl(&["apply", "-f", &path.to_string_lossy()]).map(drop)
+    }
+
+    /// The ConfigMap `ebpf-router-rules` with one rule in it.
+    pub fn apply_rule(&self, name: &str, text: &str) -> Result<()> {
+        let manifest = json!({
+            "apiVersion": "v1", "kind": "ConfigMap",
+            "metadata": { "name": "ebpf-router-rules", "namespace": "kube-system" },
+            "data": { name: text },
+        });
+        self.apply("rules", &manifest.to_string())
+    }
+
+    /// What a list of this kind in this namespace holds.
+    pub fn list(&self, namespace: &str, kind: &str) -> Result<Vec<Value>> {
+        let text = self.kubectl(&["get", kind, "--namespace", namespace, "--output", "json"])?;
+        let value: Value = serde_json::from_str(&text).with_context(|| format!("kubectl printed {text}"))?;
+        Ok(value["items"].as_array().cloned().unwrap_or_default())
+    }
+
+    /// Tells of a pod as its kubelet would: it runs on this host.
+    pub fn put_pod(&self, pod: &Pod, host: &Host) -> Result<()> {
+        let name = &pod.name;
+        let manifest = json!({
+            "apiVersion": "v1", "kind": "Pod", "metadata": { "name": name, "namespace": "default" },
+            "spec": { "nodeName": host.name, "containers": [{ "name": name, "image": "none" }] },
+        });
+        self.apply(name, &manifest.to_string())?;
+        let text = self.kubectl(&["get", "pod", name, "--output", "json"])?;
+        let mut known: Value = serde_json::from_str(&text)?;
+        known["status"] = json!({
+            "phase": "Running", "hostIP": host.address, "podIP": pod.v4,
+            "podIPs": [{ "ip": pod.v4 }, { "ip": pod.v6 }],
+        });
+        let path = self.directory.join(format!("{name}-status.json"));
+        std::fs::write(&path, known.to_string())?;
+        let raw = format!("/api/v1/namespaces/default/pods/{name}/status");
+        self.kubectl(&["replace", "--raw", &raw, "--filename", &path.to_string_lossy()]).map(drop)
+    }
+
+    fn kubeconfig(&self, user: &str) -> PathBuf {
+        self.directory.join(format!("{user}.kubeconfig"))
+    }
+
+    fn write_secrets(&self) -> Result<()> {
+        let mut openssl = Command::new("openssl");
+        openssl.args(["genrsa", "-out"]).arg(self.directory.join("account.key")).arg("2048");
+        self.place.run(&mut openssl)?;
+        let tokens = format!("{ADMIN},{ADMIN},1,system:masters\n{ROUTER},{ROUTER},2\n");
+        std::fs::write(self.directory.join("tokens.csv"), tokens)?;
+        for user in [ADMIN, ROUTER] {
+            let config = json!({
+                "apiVersion": "v1", "kind": "Config", "current-context": "lab",
+                "clusters": [{ "name": "lab", "cluster": {
+                    "server": self.url, "certificate-authority": self.directory.join("certificates/apiserver.crt"),
+                } }],
+                "users": [{ "name": user, "user": { "token": user } }],
+                "contexts": [{ "name": "lab", "context": { "cluster": "lab", "user": user } }],
+            });
+            std::fs::write(self.kubeconfig(user), config.to_string())?;
+        }
+        Ok(())
+    }
+}
+
+fn program() -> Result<PathBuf> {
+    let path = match std::env::var_os("KUBE_APISERVER") {
+        Some(path) => PathBuf::from(path),
+        None => PathBuf::from(std::env::var_os("HOME").context("HOME is not set")?)
+            .join(".cache/ebpf-router/kube-apiserver"),
+    };
+    ensure!(path.exists(), "{} does not exist: `test/run.sh --cluster` builds it", path.display());
+    Ok(path)
+}
