@@ -1,7 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
 # Installs what building and testing need on Debian 12 or later, and mounts what tracing needs. Safe to repeat.
-# `./init.sh programs` installs the servers and clients of test/lab/tests/programs.rs and of the benchmarks too.
+# `./init.sh programs` installs the servers and clients of test/lab/tests/programs.rs and of the benchmarks too,
+# `./init.sh deploy` what test/lab/tests/deploy needs.
 set -euo pipefail
 
 packages=(
@@ -19,6 +20,16 @@ if [[ ${1:-} == programs ]]; then
         rsync openssh-server openssh-client                                                    # files
         openmpi-bin libopenmpi-dev netpipe-openmpi                                             # MPI
         golang-go default-jdk-headless nodejs python3                                          # languages
+    )
+fi
+
+if [[ ${1:-} == deploy ]]; then
+    command -v kubectl >/dev/null || packages+=(kubernetes-client)           # kustomize
+    packages+=(
+        containerd runc                                                      # the image
+        debootstrap systemd-container                                        # the package, on a clean system
+        golang-go golang-github-masterminds-sprig-dev golang-gopkg-yaml.v3-dev # the chart
+        python3-jsonschema python3-yaml
     )
 fi
 
@@ -43,6 +54,11 @@ fi
 # In another order on each machine: rustup's directory, or the distribution's.
 command -v cargo >/dev/null || [[ -x ${CARGO_HOME:-$HOME/.cargo}/bin/cargo ]] ||
     { echo "error: cargo is missing: install Rust from https://rustup.rs" >&2; exit 1; }
+
+if [[ ${1:-} == deploy ]]; then
+    command -v cargo-deb >/dev/null || [[ -x ${CARGO_HOME:-$HOME/.cargo}/bin/cargo-deb ]] ||
+        cargo install --quiet --locked cargo-deb
+fi
 
 if ((EUID == 0)); then
     grep -q ' cgroup2 ' /proc/self/mounts || {

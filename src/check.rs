@@ -4,22 +4,14 @@
 
 use std::path::{Path, PathBuf};
 
-use caps::{CapSet, Capability};
-
 use crate::{
+    encryption,
     peers::{Interfaces, PeerError},
     rules::{RuleError, RuleSet},
     settings::Settings,
 };
 
 const BTF: &str = "/sys/kernel/btf/vmlinux";
-
-/// What needs each is the text beside it.
-const CAPABILITIES: [(Capability, &str); 3] = [
-    (Capability::CAP_BPF, "to load BPF programs"),
-    (Capability::CAP_PERFMON, "for BPF programs that trace"),
-    (Capability::CAP_NET_ADMIN, "for BPF programs at cgroups and the addresses in sockets"),
-];
 
 /// This host, as far as the router depends on it.
 #[derive(Clone, Debug)]
@@ -29,6 +21,9 @@ pub struct Facts {
     /// Those that are missing, and what for.
     pub missing_capabilities: Vec<(String, &'static str)>,
     pub interfaces: Result<String, String>,
+    /// What encrypts the overlay, and whether that may be bypassed.
+    pub encrypted_by: Option<String>,
+    pub bypass_encryption: bool,
     /// The directory with this host's containers; whether it is a cgroup2 directory and holds this process.
     pub scope: Result<PathBuf, String>,
     pub scope_is_cgroup2: bool,
@@ -59,10 +54,9 @@ pub enum Finding {
 /// Look at this host.
 pub async fn probe(settings: &Settings) -> Facts {
     let scope = settings.scope().map_err(|error| error.to_string());
-    let missing_capabilities = CAPABILITIES
+    let missing_capabilities = privileges::missing(&privileges::ROUTER)
         .into_iter()
-        .filter(|(capability, _)| !caps::has_cap(None, CapSet::Effective, *capability).unwrap_or(false))
-        .map(|(capability, what_for)| (capability.to_string(), what_for))
+        .map(|need| (need.capability.to_string(), need.reason))
         .collect();
     let interfaces = match settings.complete() {
         Ok(()) => interfaces(settings).await.map_err(|error| error.to_string()),
@@ -77,6 +71,8 @@ pub async fn probe(settings: &Settings) -> Facts {
         has_btf: Path::new(BTF).exists(),
         missing_capabilities,
         interfaces,
+        encrypted_by: encrypted_by(settings).await,
+        bypass_encryption: settings.encryption.bypass_encryption,
         scope_is_cgroup2: scope
             .as_deref()
             .is_ok_and(|scope| kind_of(scope) == Some(nix::sys::statfs::CGROUP2_SUPER_MAGIC)),
@@ -96,6 +92,13 @@ async fn interfaces(settings: &Settings) -> Result<String, PeerError> {
     let netlink = crate::peers::netlink()?;
     let found = Interfaces::find(&netlink, &settings.overlay_if, &settings.host_if).await?;
     Ok(format!("{} and {} ({})", settings.overlay_if, settings.host_if, found.host_address))
+}
+
+/// An error is told by the interfaces' own line.
+async fn encrypted_by(settings: &Settings) -> Option<String> {
+    let netlink = crate::peers::netlink().ok()?;
+    let interfaces = encryption::interfaces(&netlink).await.ok()?;
+    encryption::encrypted_by(&interfaces, &settings.overlay_if, &settings.host_if)
 }
 
 /// The directory of this process's cgroup, where the hierarchy is mounted here.
@@ -139,6 +142,16 @@ pub fn judge(facts: &Facts) -> Vec<Line> {
             ),
         ),
         line("interfaces", of(&facts.interfaces)),
+        line(
+            "encryption",
+            match (&facts.encrypted_by, facts.bypass_encryption) {
+                (None, _) => Finding::Ok("the overlay is not encrypted".into()),
+                (Some(why), true) => Finding::Ok(format!("{why}; bypassed, as --bypass-encryption says")),
+                (Some(why), false) => Finding::Missing(format!(
+                    "the overlay is encrypted ({why}), and connections between the hosts would not be: do without the router, or accept that with --bypass-encryption (ROUTER_BYPASS_ENCRYPTION=true)"
+                )),
+            },
+        ),
         line(
             "cgroup",
             match &facts.scope {
@@ -209,6 +222,8 @@ mod tests {
             has_btf: true,
             missing_capabilities: vec![],
             interfaces: Ok("flannel.1 and eth0 (192.0.2.1)".into()),
+            encrypted_by: None,
+            bypass_encryption: false,
             scope: Ok("/sys/fs/cgroup".into()),
             scope_is_cgroup2: true,
             scope_holds_us: true,
@@ -237,10 +252,17 @@ mod tests {
         check(|facts| facts.has_btf = false, "CONFIG_DEBUG_INFO_BTF");
         check(|facts| facts.missing_capabilities = vec![("CAP_BPF".into(), "to load")], "CAP_BPF is missing");
         check(|facts| facts.interfaces = Err("OVERLAY_IF=x: no such interface".into()), "OVERLAY_IF=x");
+        check(|facts| facts.encrypted_by = Some("cilium_wg0".into()), "--bypass-encryption");
         check(|facts| facts.scope_is_cgroup2 = false, "--cgroup");
         check(|facts| facts.scope_holds_us = false, "does not hold the router");
         check(|facts| facts.pins_on_bpffs = false, "mount -t bpf");
         check(|facts| facts.rules = Err("rules:3: rule r".into()), "rules:3");
+    }
+
+    #[test]
+    fn an_encrypted_overlay_is_bypassed_when_told_to() {
+        let facts = Facts { encrypted_by: Some("cilium_wg0".into()), bypass_encryption: true, ..capable() };
+        assert_eq!(obstacle(&judge(&facts)), None);
     }
 
     #[test]

@@ -24,6 +24,8 @@ const MAX_REQUEST: u64 = 4096;
 pub enum Question {
     Status,
     Flows,
+    /// A stop in the next while leaves connections on the host network; answered by how long, in seconds.
+    Leave,
     Swap(ConnId),
     SwapBack(ConnId),
 }
@@ -106,6 +108,7 @@ async fn answer(mut stream: UnixStream, wishes: &mpsc::Sender<Wish>) -> io::Resu
     let answer = match serde_json::from_slice(&request)? {
         Question::Status => serde_json::to_vec(&asked(wishes, Wish::Status).await?)?,
         Question::Flows => serde_json::to_vec(&asked(wishes, Wish::Flows).await?)?,
+        Question::Leave => serde_json::to_vec(&asked(wishes, Wish::Leave).await?.as_secs())?,
         Question::Swap(conn) => serde_json::to_vec(&moved(wishes, conn, Direction::ToHost).await?)?,
         Question::SwapBack(conn) => serde_json::to_vec(&moved(wishes, conn, Direction::ToOverlay).await?)?,
     };

@@ -9,12 +9,14 @@ mod check;
 mod commands;
 mod control;
 mod coordinator;
+mod encryption;
 mod forwarder;
 mod heap;
 mod identity;
 mod peers;
 mod process;
 mod rules;
+mod seccomp;
 mod settings;
 mod stall;
 mod trace;
@@ -76,6 +78,7 @@ fn obey(arguments: Arguments) -> Result<()> {
         Command::Trace(settings) => start(settings, print_traced),
         Command::Status(question) => commands::status(&question),
         Command::Flows(question) => commands::flows(&question),
+        Command::Leave(control) => commands::leave(&control.path),
         Command::Swap { conn, control } => commands::swap(conn.0, &control.path),
         Command::SwapBack { conn, control, .. } => commands::swap_back(conn, &control.path),
     }
@@ -90,6 +93,9 @@ fn start<F: Future<Output = Result<()>>>(settings: Settings, what: impl FnOnce(S
     libbpf_rs::set_print(Some((libbpf_rs::PrintLevel::Debug, |_, text| log::debug!("{}", text.trim_end()))));
     heap::keep_small();
     raise_descriptor_limit().context("raising RLIMIT_NOFILE")?;
+    // Before the first thread, which inherits it, and before anything of the network is read.
+    privileges::keep_only(&privileges::ROUTER)?;
+    seccomp::confine(settings.confinement.seccomp)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(what(settings))
 }

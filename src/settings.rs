@@ -7,6 +7,8 @@ use clap::{Args, Parser, Subcommand};
 use forwarder_api::ConnId;
 use log::LevelFilter;
 
+use crate::{encryption::EncryptionSettings, seccomp::SeccompSettings};
+
 /// Moves live TCP connections of containers off the overlay network and onto the hosts' own network.
 #[derive(Parser)]
 #[command(version, args_conflicts_with_subcommands = true)]
@@ -43,6 +45,8 @@ pub enum Command {
         #[command(flatten)]
         control: Control,
     },
+    /// Let a stop within the next minute leave connections on the host network: another router takes them over.
+    Leave(Control),
     /// Does this host have what the router needs? Each line says ok, or what to do.
     Check(Settings),
     /// Print the connections that containers make and accept, until interrupted. Nothing is swapped.
@@ -129,6 +133,12 @@ pub struct Settings {
     #[arg(long, env = "FREEZE_BUDGET_MS", default_value_t = 100, value_name = "MS",
           value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub freeze_budget_ms: u32,
+
+    #[command(flatten)]
+    pub confinement: SeccompSettings,
+
+    #[command(flatten)]
+    pub encryption: EncryptionSettings,
 }
 
 /// A connection's name on the command line.
