@@ -179,6 +179,8 @@ const KERNEL: &[libc::c_long] = &[
     libc::SYS_getgid,
     libc::SYS_getrandom,
     libc::SYS_getuid,
+    // libbpf, for maps that it is about to make.
+    libc::SYS_memfd_create,
     libc::SYS_prlimit64,
     libc::SYS_sysinfo,
     libc::SYS_uname,

@@ -55,7 +55,7 @@ fn the_router_runs_under_a_filter_of_system_calls() -> Result<()> {
 fn an_encrypted_overlay_is_not_bypassed_unless_told_to() -> Result<()> {
     let lab = Lab::new("encrypted")?;
     lab.h1.start_forwarder()?;
-    lab.h1.place().run(Command::new("ip").args(["link", "add", "cilium_wg0", "type", "dummy"]))?;
+    lab.h1.place().run(Command::new("ip").args(["link", "add", "cilium_wg0", "type", "bridge"]))?;
     let end = lab.h1.spawn_router(&RouterOptions::default())?.wait(Duration::from_secs(15))?;
     ensure!(end.status.code() == Some(1) && end.stderr.contains("--bypass-encryption"), "{end:?}");
     lab.h1.start_router(&RouterOptions::default().with("ROUTER_BYPASS_ENCRYPTION", "true"))

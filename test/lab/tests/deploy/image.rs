@@ -105,7 +105,7 @@ impl Containerd<'_> {
         let container = container.with_context(|| format!("no container {name}"))?;
         let mut words: Vec<String> = ["run", "--detach", "--snapshotter", "native"].map(String::from).into();
         ensure!(pod["hostNetwork"] == true && pod["hostPID"] == true);
-        words.extend(["--net-host".into(), "--with-ns".into(), "pid:/proc/1/ns/pid".into()]);
+        words.extend(["--net-host".into(), "--with-ns".into(), "pid:/proc/self/ns/pid".into()]);
         let context = &container["securityContext"];
         ensure!(context["capabilities"]["drop"] == Value::from(vec![Value::from("ALL")]));
         ensure!(context["readOnlyRootFilesystem"] == true && context["allowPrivilegeEscalation"] == false);
