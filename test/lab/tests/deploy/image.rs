@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use lab::{DEADLINE, Host, Process, Scene, wait_for};
+use lab::{Cgroup, DEADLINE, Host, Process, Scene, wait_for};
 use serde_yaml::Value;
 
 use crate::{DEPLOY, manifest, output};
@@ -81,6 +81,9 @@ impl Containerd<'_> {
 
     fn ctr<S: AsRef<std::ffi::OsStr>>(&self, arguments: &[S]) -> Result<String> {
         let mut command = Command::new("ctr");
+        // Ids of containers are runc's as well, which knows no daemon, only namespaces.
+        let namespace = self.host.cgroup().path().display().to_string().replace('/', ".");
+        command.arg("--namespace").arg(namespace.trim_start_matches('.'));
         command.arg("--address").arg(self.directory.join("sock")).args(arguments);
         self.host.place().run(&mut command)
     }
@@ -106,6 +109,12 @@ impl Containerd<'_> {
         let mut words: Vec<String> = ["run", "--detach", "--snapshotter", "native"].map(String::from).into();
         ensure!(pod["hostNetwork"] == true && pod["hostPID"] == true);
         words.extend(["--net-host".into(), "--with-ns".into(), "pid:/proc/self/ns/pid".into()]);
+        // Below the host's, as kubelet's are below the node's.
+        let above =
+            self.host.place().cgroup.path().strip_prefix(Cgroup::root()?.path())?.display().to_string();
+        words.extend(["--cgroup".into(), format!("/{above}/{name}")]);
+        let log = self.host.place().directory.join(format!("{name}.log"));
+        words.extend(["--log-uri".into(), format!("file://{}", log.display())]);
         let context = &container["securityContext"];
         ensure!(context["capabilities"]["drop"] == Value::from(vec![Value::from("ALL")]));
         ensure!(context["readOnlyRootFilesystem"] == true && context["allowPrivilegeEscalation"] == false);
@@ -168,7 +177,9 @@ impl Containerd<'_> {
     fn wait_for_end(&self) -> Result<()> {
         wait_for(&format!("the containers of {} to end", self.host.name), Duration::from_secs(60), || {
             Ok((!self.ctr(&["task", "list"])?.contains("RUNNING")).then_some(()))
-        })
+        })?;
+        // Takes their cgroups away.
+        self.ctr(&["task", "delete", "forwarder", "router"]).map(drop)
     }
 }
 
