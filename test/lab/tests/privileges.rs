@@ -73,8 +73,9 @@ fn daemon_set(container: &str) -> Result<HashSet<String>> {
     let text = std::fs::read_to_string("../../deploy/simple-ds.yaml")?;
     for document in serde_yaml::Deserializer::from_str(&text) {
         let document: serde_yaml::Value = serde::Deserialize::deserialize(document)?;
-        let containers = document["spec"]["template"]["spec"]["containers"].as_sequence();
-        for found in containers.into_iter().flatten().filter(|found| found["name"] == container) {
+        let mut containers =
+            document["spec"]["template"]["spec"]["containers"].as_sequence().into_iter().flatten();
+        if let Some(found) = containers.find(|found| found["name"] == container) {
             let added = found["securityContext"]["capabilities"]["add"].as_sequence();
             let added = added.with_context(|| format!("{container} has no capabilities"))?;
             return Ok(added.iter().filter_map(|name| Some(format!("CAP_{}", name.as_str()?))).collect());

@@ -79,11 +79,15 @@ impl Containerd<'_> {
         Ok(containerd)
     }
 
+    /// Ids of containers are runc's as well, which knows no daemon, only namespaces.
+    fn namespace(&self) -> String {
+        let cgroup = self.host.cgroup().path().display().to_string();
+        cgroup.trim_start_matches('/').replace('/', ".")
+    }
+
     fn ctr<S: AsRef<std::ffi::OsStr>>(&self, arguments: &[S]) -> Result<String> {
         let mut command = Command::new("ctr");
-        // Ids of containers are runc's as well, which knows no daemon, only namespaces.
-        let namespace = self.host.cgroup().path().display().to_string().replace('/', ".");
-        command.arg("--namespace").arg(namespace.trim_start_matches('.'));
+        command.arg("--namespace").arg(self.namespace());
         command.arg("--address").arg(self.directory.join("sock")).args(arguments);
         self.host.place().run(&mut command)
     }
@@ -180,6 +184,20 @@ impl Containerd<'_> {
         })?;
         // Takes their cgroups away.
         self.ctr(&["task", "delete", "forwarder", "router"]).map(drop)
+    }
+}
+
+/// runc leaves the directories above its own: in the hierarchies of version 1, and among its states.
+impl Drop for Containerd<'_> {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir(Path::new("/run/containerd/runc").join(self.namespace()));
+        let Ok(root) = Cgroup::root() else { return };
+        let Ok(above) = self.host.place().cgroup.path().strip_prefix(root.path()) else { return };
+        let hierarchies = Path::new("/sys/fs/cgroup").read_dir().into_iter().flatten().flatten();
+        for hierarchy in hierarchies.map(|entry| entry.path()).filter(|path| path != root.path()) {
+            let own = above.ancestors().take_while(|path| !path.as_os_str().is_empty());
+            own.for_each(|path| drop(std::fs::remove_dir(hierarchy.join(path))));
+        }
     }
 }
 
