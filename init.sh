@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Installs what building and testing need on Debian 12 or later, and mounts what tracing needs. Safe to repeat.
 # What only some tests need is installed by name (`./init.sh programs cluster`): `programs`, the servers and clients of
-# test/lab/tests/programs.rs and of the benchmarks; `containers`, Podman and Docker; `web`, a browser, and Prometheus as the
-# judge of metrics; `cluster`, what building and running a Kubernetes API server needs.
+# test/lab/tests/programs.rs and of the benchmarks; `engines`, Podman and Docker; `web`, a browser, and Prometheus as the
+# judge of metrics; `cluster`, what building and running a Kubernetes API server needs; `deploy`, what judges manifests, chart,
+# image and package.
 set -euo pipefail
 
 packages=(
@@ -27,13 +28,22 @@ if [[ " $* " == *" programs "* ]]; then
         golang-go default-jdk-headless nodejs python3                                          # languages
     )
 fi
-if [[ " $* " == *" containers "* ]]; then
+if [[ " $* " == *" engines "* ]]; then
     packages+=(podman conmon docker.io)
 fi
 if [[ " $* " == *" cluster "* ]]; then
     packages+=(etcd-server golang-go curl ca-certificates openssl)
     # Other packages have it as well, at the same path.
     command -v kubectl >/dev/null || packages+=(kubernetes-client)
+fi
+
+if [[ " $* " == *" deploy "* ]]; then
+    command -v kubectl >/dev/null || packages+=(kubernetes-client)           # kustomize
+    packages+=(
+        debootstrap systemd-container                                        # the package, on a clean system
+        golang-go golang-github-masterminds-sprig-dev golang-gopkg-yaml.v3-dev # the chart
+        python3-jsonschema python3-yaml
+    )
 fi
 
 missing=()
@@ -57,6 +67,11 @@ fi
 # In another order on each machine: rustup's directory, or the distribution's.
 command -v cargo >/dev/null || [[ -x ${CARGO_HOME:-$HOME/.cargo}/bin/cargo ]] ||
     { echo "error: cargo is missing: install Rust from https://rustup.rs" >&2; exit 1; }
+
+if [[ " $* " == *" deploy "* ]]; then
+    command -v cargo-deb >/dev/null || [[ -x ${CARGO_HOME:-$HOME/.cargo}/bin/cargo-deb ]] ||
+        cargo install --quiet --locked cargo-deb
+fi
 
 if ((EUID == 0)); then
     grep -q ' cgroup2 ' /proc/self/mounts || {

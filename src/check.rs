@@ -4,10 +4,9 @@
 
 use std::path::{Path, PathBuf};
 
-use caps::{CapSet, Capability};
-
 use crate::{
     cluster::{Access, CONFIG_MAP},
+    encryption,
     peers::{Interfaces, PeerError},
     rules::RuleSet,
     settings::Settings,
@@ -17,13 +16,6 @@ use crate::{
 
 const BTF: &str = "/sys/kernel/btf/vmlinux";
 
-/// What needs each is the text beside it.
-const CAPABILITIES: [(Capability, &str); 3] = [
-    (Capability::CAP_BPF, "to load BPF programs"),
-    (Capability::CAP_PERFMON, "for BPF programs that trace"),
-    (Capability::CAP_NET_ADMIN, "for BPF programs at cgroups and the addresses in sockets"),
-];
-
 /// This host, as far as the router depends on it.
 #[derive(Clone, Debug)]
 pub struct Facts {
@@ -32,6 +24,9 @@ pub struct Facts {
     /// Those that are missing, and what for.
     pub missing_capabilities: Vec<(String, &'static str)>,
     pub interfaces: Result<String, String>,
+    /// What encrypts the overlay, and whether that may be bypassed.
+    pub encrypted_by: Option<String>,
+    pub bypass_encryption: bool,
     /// The directory with this host's containers; whether it is a cgroup2 directory and holds this process.
     pub scope: Result<PathBuf, String>,
     pub scope_is_cgroup2: bool,
@@ -74,10 +69,9 @@ pub enum Finding {
 /// Look at this host.
 pub async fn probe(settings: &Settings) -> Facts {
     let scope = settings.scope().map_err(|error| error.to_string());
-    let missing_capabilities = CAPABILITIES
+    let missing_capabilities = privileges::missing(&privileges::ROUTER)
         .into_iter()
-        .filter(|(capability, _)| !caps::has_cap(None, CapSet::Effective, *capability).unwrap_or(false))
-        .map(|(capability, what_for)| (capability.to_string(), what_for))
+        .map(|need| (need.capability.to_string(), need.reason))
         .collect();
     let interfaces = interfaces(settings).await.map_err(|error| error.to_string());
     let (kubernetes, rules) = match Access::find(&settings.cluster).await {
@@ -100,9 +94,9 @@ pub async fn probe(settings: &Settings) -> Facts {
         kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned(),
         has_btf: Path::new(BTF).exists(),
         missing_capabilities,
-        interfaces: interfaces.map(|found| {
-            format!("{} and {} ({})", settings.overlay_if, settings.host_if, found.host_address)
-        }),
+        encrypted_by: encrypted_by(interfaces.as_ref().ok()).await,
+        interfaces: interfaces.map(|found| found.found),
+        bypass_encryption: settings.encryption.bypass_encryption,
         scope_is_cgroup2: scope
             .as_deref()
             .is_ok_and(|scope| kind_of(scope) == Some(nix::sys::statfs::CGROUP2_SUPER_MAGIC)),
@@ -147,6 +141,14 @@ fn rules(settings: &Settings, access: Option<&Access>) -> Result<String, String>
     }
 }
 
+/// An error is told by the interfaces' own line.
+async fn encrypted_by(found: Option<&Interfaces>) -> Option<String> {
+    let netlink = crate::peers::netlink().ok()?;
+    let interfaces = encryption::interfaces(&netlink).await.ok()?;
+    let found = found?;
+    encryption::encrypted_by(&interfaces, &found.overlay_if, &found.host_if)
+}
+
 /// The directory of this process's cgroup, where the hierarchy is mounted here.
 fn own_cgroup() -> PathBuf {
     let cgroups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
@@ -188,6 +190,16 @@ pub fn judge(facts: &Facts) -> Vec<Line> {
             ),
         ),
         line("interfaces", of(&facts.interfaces)),
+        line(
+            "encryption",
+            match (&facts.encrypted_by, facts.bypass_encryption) {
+                (None, _) => Finding::Ok("the overlay is not encrypted".into()),
+                (Some(why), true) => Finding::Ok(format!("{why}; bypassed, as --bypass-encryption says")),
+                (Some(why), false) => Finding::Missing(format!(
+                    "the overlay is encrypted ({why}), and connections between the hosts would not be: do without the router, or accept that with --bypass-encryption (ROUTER_BYPASS_ENCRYPTION=true)"
+                )),
+            },
+        ),
         line(
             "cgroup",
             match &facts.scope {
@@ -294,6 +306,8 @@ mod tests {
             has_btf: true,
             missing_capabilities: vec![],
             interfaces: Ok("flannel.1 and eth0 (192.0.2.1)".into()),
+            encrypted_by: None,
+            bypass_encryption: false,
             scope: Ok("/sys/fs/cgroup".into()),
             scope_is_cgroup2: true,
             scope_holds_us: true,
@@ -325,6 +339,7 @@ mod tests {
         check(|facts| facts.has_btf = false, "CONFIG_DEBUG_INFO_BTF");
         check(|facts| facts.missing_capabilities = vec![("CAP_BPF".into(), "to load")], "CAP_BPF is missing");
         check(|facts| facts.interfaces = Err("OVERLAY_IF=x: no such interface".into()), "OVERLAY_IF=x");
+        check(|facts| facts.encrypted_by = Some("cilium_wg0".into()), "--bypass-encryption");
         check(|facts| facts.scope_is_cgroup2 = false, "--cgroup");
         check(|facts| facts.scope_holds_us = false, "does not hold the router");
         check(|facts| facts.pins_on_bpffs = false, "mount -t bpf");
@@ -342,6 +357,12 @@ mod tests {
                 .iter()
                 .any(|line| matches!(&line.finding, Finding::Waits(text) if text.contains("--runtime")))
         );
+    }
+
+    #[test]
+    fn an_encrypted_overlay_is_bypassed_when_told_to() {
+        let facts = Facts { encrypted_by: Some("cilium_wg0".into()), bypass_encryption: true, ..capable() };
+        assert_eq!(obstacle(&judge(&facts)), None);
     }
 
     #[test]

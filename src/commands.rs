@@ -48,6 +48,12 @@ pub fn peers(question: &settings::Question) -> Result<()> {
     Ok(())
 }
 
+pub fn leave(control: &Path) -> Result<()> {
+    let seconds: u64 = control::ask(control, &Question::Leave)?;
+    println!("a stop within {seconds} s leaves connections on the host network");
+    Ok(())
+}
+
 pub fn swap(conn: ConnId, control: &Path) -> Result<()> {
     report(conn, "the host network", &control::ask(control, &Question::Swap(conn))?)
 }

@@ -26,6 +26,8 @@ pub enum Question {
     Flows,
     Explain(Subject),
     Peers,
+    /// A stop in the next while leaves connections on the host network; answered by how long, in seconds.
+    Leave,
     Swap(ConnId),
     SwapBack(ConnId),
 }
@@ -112,6 +114,7 @@ async fn answer(mut stream: UnixStream, wishes: &mpsc::Sender<Wish>) -> io::Resu
             serde_json::to_vec(&asked(wishes, |answer| Wish::Explain(subject, answer)).await?)?
         }
         Question::Peers => serde_json::to_vec(&asked(wishes, Wish::Peers).await?)?,
+        Question::Leave => serde_json::to_vec(&asked(wishes, Wish::Leave).await?.as_secs())?,
         Question::Swap(conn) => serde_json::to_vec(&moved(wishes, conn, Direction::ToHost).await?)?,
         Question::SwapBack(conn) => serde_json::to_vec(&moved(wishes, conn, Direction::ToOverlay).await?)?,
     };

@@ -84,6 +84,8 @@ const WATCH: Duration = Duration::from_millis(300);
 const FRESH: Duration = Duration::from_secs(1);
 /// How long the last scan of a router that stops may take.
 const LAST_SCAN: Duration = Duration::from_secs(5);
+/// How long [`Wish::Leave`] holds: longer than it takes to stop a router, shorter than until somebody has forgotten it.
+const LEAVING: Duration = Duration::from_secs(60);
 /// How long a stop waits at most: the ledger gives its orders up earlier.
 const STOP: Duration = Duration::from_secs(20);
 
@@ -95,6 +97,8 @@ pub enum Wish {
     Figures(oneshot::Sender<Figures>),
     Explain(Subject, oneshot::Sender<Vec<Explanation>>),
     Peers(oneshot::Sender<Vec<PeerView>>),
+    /// A stop in the next while leaves connections where they are. The answer is how long that holds.
+    Leave(oneshot::Sender<Duration>),
     /// The answer is the pause in microseconds, or the reason why not.
     Move(ConnId, Direction, oneshot::Sender<Result<u64, Refusal>>),
 }
@@ -169,6 +173,32 @@ struct Coordinator {
     turned_away: Arc<AtomicU64>,
     to_sessions: mpsc::Sender<SessionEvent>,
     to_made: mpsc::Sender<Made>,
+    leave: Leave,
+}
+
+/// Does a stop leave connections on the host network?
+#[derive(Clone, Copy)]
+enum Leave {
+    Never,
+    Until(Instant),
+    Always,
+}
+
+impl Leave {
+    fn at(self, now: Instant) -> bool {
+        match self {
+            Leave::Never => false,
+            Leave::Until(end) => now < end,
+            Leave::Always => true,
+        }
+    }
+}
+
+/// A stop under way.
+#[derive(Clone, Copy)]
+struct Stop {
+    by: Instant,
+    leave: bool,
 }
 
 /// What a transaction needs.
@@ -202,7 +232,6 @@ pub async fn run(parts: Parts, mut inlets: Inlets) -> anyhow::Result<()> {
     let (to_forwarder, mut forwarder) = mpsc::channel(1024);
     let mut seed = [0; 8];
     getrandom::fill(&mut seed)?;
-    let leave = parts.settings.leave;
     let mut coordinator = Coordinator {
         ledger: Ledger::new(u64::from_ne_bytes(seed), Instant::now()),
         host_path: HostPath::open(parts.host_address, to_arrived.clone())?,
@@ -215,6 +244,7 @@ pub async fn run(parts: Parts, mut inlets: Inlets) -> anyhow::Result<()> {
         turned_away: Arc::default(),
         to_sessions: to_sessions.clone(),
         to_made,
+        leave: if parts.settings.leave { Leave::Always } else { Leave::Never },
         parts,
     };
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
@@ -227,9 +257,9 @@ pub async fn run(parts: Parts, mut inlets: Inlets) -> anyhow::Result<()> {
     for ticks in [&mut surroundings, &mut scan, &mut watch] {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     }
-    let mut stop_by = None;
+    let mut stop: Option<Stop> = None;
     loop {
-        let alarm = coordinator.ledger.alarm().or(stop_by);
+        let alarm = coordinator.ledger.alarm().or(stop.map(|stop| stop.by));
         tokio::select! {
             Some(event) = inlets.traced.recv() => coordinator.traced(event).await,
             Some(said) = inlets.told.recv() => coordinator.told(said).await,
@@ -243,14 +273,14 @@ pub async fn run(parts: Parts, mut inlets: Inlets) -> anyhow::Result<()> {
             _ = surroundings.tick() => coordinator.look_around().await,
             _ = scan.tick() => drop(coordinator.scan()),
             _ = watch.tick() => coordinator.watch().await,
-            _ = terminate.recv(), if stop_by.is_none() => stop_by = Some(coordinator.stop(leave).await),
-            _ = interrupt.recv(), if stop_by.is_none() => stop_by = Some(coordinator.stop(leave).await),
+            _ = terminate.recv(), if stop.is_none() => stop = Some(coordinator.stop().await),
+            _ = interrupt.recv(), if stop.is_none() => stop = Some(coordinator.stop().await),
         }
-        if stop_by.is_some_and(|by| coordinator.ledger.is_quiet() || Instant::now() >= by) {
+        if stop.is_some_and(|Stop { by, .. }| coordinator.ledger.is_quiet() || Instant::now() >= by) {
             break;
         }
     }
-    coordinator.finish(leave, forwarder).await;
+    coordinator.finish(stop.is_some_and(|stop| stop.leave), forwarder).await;
     Ok(())
 }
 
@@ -396,6 +426,12 @@ impl Coordinator {
             Wish::Flows(answer) => self.answer_after_scan(AfterScan::Flows(answer)),
             Wish::Explain(subject, answer) => self.answer_after_scan(AfterScan::Explain(subject, answer)),
             Wish::Peers(answer) => drop(answer.send(self.peer_views())),
+            Wish::Leave(answer) => {
+                if !matches!(self.leave, Leave::Always) {
+                    self.leave = Leave::Until(Instant::now() + LEAVING);
+                }
+                let _ = answer.send(LEAVING);
+            }
             Wish::Move(conn, direction, answer) => {
                 let Some(tuple) = self.ledger.find(conn).map(|flow| flow.tuple) else {
                     let _ = answer.send(Err(Refusal::NotEstablished));
@@ -538,7 +574,8 @@ impl Coordinator {
         }
     }
 
-    async fn stop(&mut self, leave: bool) -> Instant {
+    async fn stop(&mut self) -> Stop {
+        let leave = self.leave.at(Instant::now());
         let swapped = self.ledger.swapped();
         if leave {
             log::info!("stopping; {swapped} connections stay on the host network");
@@ -546,7 +583,7 @@ impl Coordinator {
             log::info!("stopping; {swapped} connections go back to the overlay");
         }
         self.handle(Event::Stop { leave }).await;
-        Instant::now() + STOP
+        Stop { by: Instant::now() + STOP, leave }
     }
 
     /// A router may be stopped before it has reached its forwarder: it is waited for.

@@ -10,6 +10,7 @@ mod cluster;
 mod commands;
 mod control;
 mod coordinator;
+mod encryption;
 mod forwarder;
 mod heap;
 mod identity;
@@ -19,6 +20,7 @@ mod peers;
 mod process;
 mod rules;
 mod saving;
+mod seccomp;
 mod settings;
 mod stall;
 mod terminal;
@@ -95,6 +97,7 @@ fn obey(arguments: Arguments) -> Result<()> {
         Command::Flows { question, watch: false } => commands::flows(&question),
         Command::Explain { what, question } => commands::explain(what, question.json, &question.control.path),
         Command::Peers(question) => commands::peers(&question),
+        Command::Leave(control) => commands::leave(&control.path),
         Command::Swap { conn, control } => commands::swap(conn.0, &control.path),
         Command::Pki(command) => Ok(trust::pki::obey(&command)?),
         Command::SwapBack { conn, control, .. } => commands::swap_back(conn, &control.path),
@@ -103,10 +106,13 @@ fn obey(arguments: Arguments) -> Result<()> {
 
 fn start<F: Future<Output = Result<()>>>(settings: Settings, what: impl FnOnce(Settings) -> F) -> Result<()> {
     heap::keep_small();
+    raise_descriptor_limit().context("raising RLIMIT_NOFILE")?;
+    // Before the first thread, which inherits it, and before anything of the network is read.
+    privileges::keep_only(&privileges::ROUTER)?;
+    seccomp::confine(settings.confinement.seccomp)?;
     let _log = logging::start(settings.log_level, settings.log_format, &["netlink"]);
     // What libbpf prints explains our own errors.
     libbpf_rs::set_print(Some((libbpf_rs::PrintLevel::Debug, |_, text| log::debug!("{}", text.trim_end()))));
-    raise_descriptor_limit().context("raising RLIMIT_NOFILE")?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(what(settings))
 }

@@ -10,6 +10,8 @@ use log::LevelFilter;
 use crate::{
     cluster::ClusterSettings,
     commands::Asked,
+    encryption::EncryptionSettings,
+    seccomp::SeccompSettings,
     trust::{TrustSettings, pki::PkiCommand},
     workload::WorkloadSettings,
 };
@@ -66,6 +68,8 @@ pub enum Command {
         #[command(flatten)]
         control: Control,
     },
+    /// Let a stop within the next minute leave connections on the host network: another router takes them over.
+    Leave(Control),
     /// Does this host have what the router needs? Each line says ok, or what to do.
     Check(Settings),
     /// Make certificates with which routers know each other.
@@ -168,6 +172,10 @@ pub struct Settings {
     pub see: See,
     #[command(flatten)]
     pub cluster: ClusterSettings,
+    #[command(flatten)]
+    pub confinement: SeccompSettings,
+    #[command(flatten)]
+    pub encryption: EncryptionSettings,
 }
 
 /// Where the router shows what it does.

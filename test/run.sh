@@ -3,6 +3,9 @@
 # All tests. `test/run.sh swap` runs only the test files of these names. What takes long, or installs much, is added by an
 # argument:
 #   --programs      redis, PostgreSQL, nginx and others, moved under load
+#   --engines       containers of Podman and Docker
+#   --cluster       a Kubernetes API server, which is built once
+#   --deploy        manifests, chart, image and Debian package
 #   --web           the page in a browser
 #   --kernel        a part of the tests under a second kernel, emulated
 #   --fuzz MINUTES  the fuzz targets only, one after the other, for so long in all
@@ -11,7 +14,7 @@ cd "$(dirname "$0")/.."
 ((EUID == 0)) || { echo "error: namespaces, BPF and ptrace need root: run $0 as root" >&2; exit 1; }
 
 # Their test files have their names.
-long=(programs web)
+long=(programs engines cluster deploy web)
 kernel=no added=() words=() failed=()
 if [[ ${1:-} == --fuzz ]]; then
     [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || { echo "error: --fuzz ${2:-}: expected minutes, as in --fuzz 60" >&2; exit 1; }
@@ -33,6 +36,7 @@ done
 is_among() { [[ " ${*:2} " == *" $1 "* ]]; }
 
 ./init.sh "${added[@]}"
+! is_among cluster "${added[@]}" || test/api-server.sh
 export PATH=$PATH:${CARGO_HOME:-$HOME/.cargo}/bin LAB_QUIET=1 RUST_BACKTRACE=${RUST_BACKTRACE:-0}
 
 lab() { "${CARGO_TARGET_DIR:-target}/release/lab" "$@"; }

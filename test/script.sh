@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 usage() {
     cat <<'END'
 test/script.sh test KEY             compare overlay, router and host network
+test/script.sh test KEY MANIFEST    the same programs on a cluster: apply the DaemonSet (../deploy/simple-ds.yaml), wait, run test/jobs/KEY.yaml
 test/script.sh test all             all keys, and a page with all figures: test/results/report.html
 test/script.sh deploy_and_run KEY   run the programs of KEY over the overlay, without the router
 test/script.sh log KEY              show what the programs printed in the last run
@@ -31,6 +32,7 @@ programs() { case $1 in all | rate | memcached | redis | postgres | mpi* | pause
 lab() { "${CARGO_TARGET_DIR:-target}/release/lab" "$@"; }
 
 case "${1:-} ${2:-}" in
+    "test "?*) [[ ${3:-} != *.y*ml ]] || exec test/cluster.sh "$2" "$3" ;;&
     "test "?*) build $(programs "$2") && lab bench "${@:2}" ;;
     "deploy_and_run "?*) build $(programs "$2") && lab bench --without-router "${@:2}" ;;
     "log "?*)

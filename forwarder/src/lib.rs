@@ -38,16 +38,13 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use caps::{CapSet, Capability};
 use clap::Parser;
 use nix::sys::{
     signal::{SigSet, Signal},
     stat::{Mode, umask},
 };
 
-/// To make sockets as carried over, to stop and change processes, to reach into their namespaces, and to look at sockets.
-const CAPABILITIES: [Capability; 4] =
-    [Capability::CAP_NET_ADMIN, Capability::CAP_SYS_PTRACE, Capability::CAP_SYS_ADMIN, Capability::CAP_BPF];
+use privileges::Need;
 
 /// Stops processes, takes sockets out of them and puts sockets into them, as a router tells it.
 #[derive(Parser)]
@@ -102,13 +99,14 @@ pub fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<()> {
     heap::keep_small();
+    probe()?;
     // Before the first thread, so that all inherit it: a stop must not come while a process is frozen.
     let mut stop = SigSet::empty();
     stop.add(Signal::SIGTERM);
     stop.add(Signal::SIGINT);
     stop.thread_block().context("signals cannot be blocked")?;
+    privileges::keep_only(&privileges::FORWARDER)?;
     let _log = logging::start(arguments.log_level, arguments.log_format, &[]);
-    probe()?;
     room::raise_limit().context("raising RLIMIT_NOFILE")?;
     let programs = inspect::Programs::load()?;
     let site = site::Site::new(programs).context("no epoll set")?;
@@ -116,14 +114,17 @@ fn run(arguments: &Arguments) -> Result<()> {
     let listener = listen(&arguments.socket)?;
     outlive_others();
     log::info!("listening on {}", arguments.socket.display());
-    let serving = Arc::clone(&site);
+    let (serving, current) = (Arc::clone(&site), server::Current::default());
+    let served = Arc::clone(&current);
     std::thread::Builder::new().name("serve".into()).spawn(move || {
-        let error = server::serve(&serving, &listener);
+        let error = server::serve(&serving, &served, &listener);
         log::error!("no router can be served any more: {error:?}");
         logging::flush();
         std::process::exit(1);
     })?;
     let signal = stop.wait().context("waiting for signals")?;
+    // Whoever stops a pod or a host stops both at once.
+    server::wait_for_router(&site, &current);
     let parked = site.close();
     log::info!("{signal}: stopping; {parked} swapped connections have no way back any more");
     std::fs::remove_file(&arguments.socket)
@@ -138,10 +139,10 @@ fn probe() -> Result<()> {
             arch::foothold_len()
         );
     }
-    for capability in CAPABILITIES {
-        if !caps::has_cap(None, CapSet::Effective, capability).unwrap_or(false) {
-            bail!("{capability} is missing: run the forwarder as root, or with this capability added");
-        }
+    if let Some(Need { capability, reason, .. }) = privileges::missing(&privileges::FORWARDER).first() {
+        bail!(
+            "{capability} is missing, which is needed {reason}: run the forwarder as root, or with this capability added"
+        );
     }
     Ok(())
 }

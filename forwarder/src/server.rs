@@ -16,7 +16,7 @@ use std::{
     },
     sync::{Arc, Mutex},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use forwarder_api::{Event, Frame, FrameError, Request, VERSION};
@@ -49,17 +49,24 @@ pub enum SessionError {
     NoThread(#[source] io::Error),
 }
 
+/// How long a router that is stopped takes at most to bring every connection back.
+const TAKING_BACK: Duration = Duration::from_secs(25);
+/// After that, how long it takes to ask what is left.
+const LAST_QUESTION: Duration = Duration::from_secs(3);
+
 /// After a router could not be let in. Out of descriptors, most likely: the backlog waits.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
+/// The router that is served now, if there is one.
+pub type Current = Arc<Mutex<Option<Arc<Session>>>>;
+
 /// Serve routers on `listener`, for ever.
-pub fn serve(site: &Arc<Site>, listener: &UnixListener) -> io::Result<()> {
-    let current: Arc<Mutex<Option<Arc<Session>>>> = Arc::default();
-    watch_parked(site, &current)?;
+pub fn serve(site: &Arc<Site>, current: &Current, listener: &UnixListener) -> io::Result<()> {
+    watch_parked(site, current)?;
     loop {
         let admitted = listener.accept().map_err(SessionError::from).and_then(|(stream, _)| {
             may_connect(&stream)?;
-            admit(site, &current, stream)
+            admit(site, current, stream)
         });
         // Whatever it is, what is parked here needs a forwarder.
         if let Err(error) = admitted {
@@ -69,12 +76,22 @@ pub fn serve(site: &Arc<Site>, listener: &UnixListener) -> io::Result<()> {
     }
 }
 
+/// Wait until the router is gone, which takes what is parked back before it goes, if it is stopped as well; for no longer
+/// than it may need.
+pub fn wait_for_router(site: &Site, current: &Current) {
+    let is_here = || locked(current).as_ref().is_some_and(|session| session.is_open());
+    let began = Instant::now();
+    let mut needed = began;
+    while is_here() && began.elapsed() < TAKING_BACK && needed.elapsed() < LAST_QUESTION {
+        if site.has_way_back_to_give() {
+            needed = Instant::now();
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
 /// In the place of whoever was there.
-fn admit(
-    site: &Arc<Site>,
-    current: &Mutex<Option<Arc<Session>>>,
-    stream: UnixStream,
-) -> Result<(), SessionError> {
+fn admit(site: &Arc<Site>, current: &Current, stream: UnixStream) -> Result<(), SessionError> {
     let session = Session::start(site, stream.try_clone()?)?;
     if let Some(previous) = locked(current).replace(Arc::clone(&session)) {
         previous.end();
@@ -122,7 +139,7 @@ fn may_connect(stream: &UnixStream) -> Result<(), SessionError> {
 }
 
 /// Release parked sockets whose connection has ended, and tell the router.
-fn watch_parked(site: &Arc<Site>, current: &Arc<Mutex<Option<Arc<Session>>>>) -> io::Result<()> {
+fn watch_parked(site: &Arc<Site>, current: &Current) -> io::Result<()> {
     let (site, current) = (Arc::clone(site), Arc::clone(current));
     thread::Builder::new().name("parked".into()).spawn(move || {
         loop {

@@ -316,6 +316,11 @@ impl Site {
         }
     }
 
+    /// Is anything parked, or on its way back?
+    pub fn has_way_back_to_give(&self) -> bool {
+        !locked(&self.parked).is_empty() || !locked(&self.in_hand).is_empty()
+    }
+
     /// Release what belongs to host sockets that nobody holds any more: without a router, nobody else tells.
     pub fn release_forsaken(&self) {
         let host_sockets = |parked: &Parked| parked.host.clone();

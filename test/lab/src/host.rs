@@ -230,9 +230,18 @@ impl Host {
     }
 
     pub fn stop_forwarder(&self) -> Result<Finished> {
+        self.terminate_forwarder()?;
+        self.wait_for_forwarder()
+    }
+
+    pub fn terminate_forwarder(&self) -> Result<()> {
+        self.state().forwarder.as_ref().context("no forwarder is running")?.signal(Signal::SIGTERM)
+    }
+
+    pub fn wait_for_forwarder(&self) -> Result<Finished> {
         let forwarder = self.state().forwarder.take().context("no forwarder is running")?;
-        forwarder.signal(Signal::SIGTERM)?;
-        forwarder.wait(DEADLINE)
+        // It waits for a router that takes connections back.
+        forwarder.wait(DEADLINE * 4)
     }
 
     /// Did the forwarder that was started end without us?

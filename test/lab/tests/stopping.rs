@@ -70,6 +70,25 @@ fn a_stop_takes_every_connection_back_and_leaves_nothing() -> Result<()> {
 }
 
 #[test]
+fn forwarders_and_routers_stopped_at_once_take_every_connection_back() -> Result<()> {
+    let scene = Scene::with_routers("stop-at-once")?;
+    let stream = scene.swapped_stream(PORT, "--names")?;
+    let hosts = scene.lab.hosts();
+    // As when a DaemonSet is deleted.
+    for host in hosts {
+        host.terminate_forwarder()?;
+        host.terminate_router()?;
+    }
+    for host in hosts {
+        let (router, forwarder) = (host.wait_for_router()?, host.wait_for_forwarder()?);
+        ensure!(router.success() && forwarder.success(), "{router:?} {forwarder:?}");
+        check_nothing_is_left(host, &[])?;
+    }
+    stream.finish()?;
+    Ok(())
+}
+
+#[test]
 fn a_stop_of_one_router_takes_its_connections_back() -> Result<()> {
     let scene = Scene::with_routers("stop-one")?;
     let stream = scene.swapped_stream(PORT, "--names")?;
@@ -92,6 +111,25 @@ fn a_router_told_to_leave_leaves_connections_where_they_are() -> Result<()> {
     scene.lab.start_routers(&RouterOptions::default())?;
     scene.wait_until_on_host(PORT)?;
     scene.lab.h1.move_to(PORT, "overlay")?;
+    stream.finish()?;
+    Ok(())
+}
+
+#[test]
+fn a_router_that_is_replaced_after_an_order_to_leave_touches_no_connection() -> Result<()> {
+    let scene = Scene::with_routers("upgrade")?;
+    let stream = scene.swapped_stream(PORT, "--names")?;
+    let host = &scene.lab.h1;
+    let before = host.wait_until_on_host(PORT)?;
+    host.ask(&["leave"])?;
+    let end = host.stop_router()?;
+    ensure!(end.success(), "{end:?}");
+    host.start_router(&RouterOptions::default())?;
+    let after = host.wait_until_on_host(PORT)?;
+    ensure!(before.conn == after.conn, "the connection was moved: {before:?}, then {after:?}");
+    ensure!(host.status()?.swaps == 0, "the new router has moved it");
+    // The forwarder has kept the way back.
+    host.move_to(PORT, "overlay")?;
     stream.finish()?;
     Ok(())
 }

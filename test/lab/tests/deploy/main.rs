@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What is shipped: image, manifests, chart and package. `test/run.sh --deploy` runs these; `init.sh deploy` installs what
+//! they need.
+
+mod chart;
+mod image;
+mod package;
+
+use std::{path::Path, process::Command};
+
+use anyhow::{Context, Result, ensure};
+use serde::Deserialize;
+use serde_yaml::Value;
+
+/// Cargo runs tests in the package's directory.
+const DEPLOY: &str = "../../deploy";
+
+/// The documents of a YAML text, the empty ones left out.
+fn documents(text: &str) -> Result<Vec<Value>> {
+    let all = serde_yaml::Deserializer::from_str(text).map(Value::deserialize);
+    Ok(all.collect::<Result<Vec<_>, _>>()?.into_iter().filter(|document| !document.is_null()).collect())
+}
+
+fn manifest() -> Result<Vec<Value>> {
+    let path = Path::new(DEPLOY).join("simple-ds.yaml");
+    documents(&std::fs::read_to_string(&path).with_context(|| path.display().to_string())?)
+}
+
+/// Runs it to its end, which must be a success, and returns what it printed.
+fn output(command: &mut Command) -> Result<String> {
+    let output = command.output().with_context(|| format!("starting {command:?}"))?;
+    let (said, complained) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    ensure!(output.status.success(), "{command:?}: {}\n{said}{complained}", output.status);
+    Ok(said.into_owned())
+}
