@@ -78,8 +78,11 @@ use crate::{
 /// Between two looks at addresses and pods that may have changed, and at connections that may be over.
 const SURROUNDINGS: Duration = Duration::from_secs(2);
 const SCAN: Duration = Duration::from_secs(30);
-/// Between two looks at the host sockets: short beside the 0.6 s after which a socket counts as stalled.
+/// Between two looks at the host sockets: short beside the 0.6 s after which a socket counts as stalled, and longer where there
+/// are so many that a look takes more than its share of a CPU, up to what lets a stalled connection be back within 3 s.
 const WATCH: Duration = Duration::from_millis(300);
+const LAST_WATCH: Duration = Duration::from_secs(1);
+const WATCH_SHARE: u32 = 100;
 /// How long `router flows` waits for a scan before it shows what is known.
 const FRESH: Duration = Duration::from_secs(1);
 /// How long the last scan of a router that stops may take.
@@ -272,7 +275,7 @@ pub async fn run(parts: Parts, mut inlets: Inlets) -> anyhow::Result<()> {
             Some(reading) = inlets.rules.recv() => coordinator.read_rules(reading).await,
             _ = surroundings.tick() => coordinator.look_around().await,
             _ = scan.tick() => drop(coordinator.scan()),
-            _ = watch.tick() => coordinator.watch().await,
+            _ = watch.tick() => watch.reset_after(coordinator.watch().await),
             _ = terminate.recv(), if stop.is_none() => stop = Some(coordinator.stop().await),
             _ = interrupt.recv(), if stop.is_none() => stop = Some(coordinator.stop().await),
         }
@@ -556,12 +559,15 @@ impl Coordinator {
         self.look_for_workloads().await;
     }
 
-    /// Is the host path of every swapped connection alive?
-    async fn watch(&mut self) {
+    /// Is the host path of every swapped connection alive? Returns when to look again.
+    async fn watch(&mut self) -> Duration {
         if self.ledger.swapped() == 0 {
-            return;
+            return WATCH;
         }
-        match self.parts.watch.look() {
+        let began = Instant::now();
+        let looked = self.parts.watch.look();
+        let taken = began.elapsed();
+        match looked {
             Ok(seen) => {
                 let stalled = seen.iter().filter(|host_socket| host_socket.sample.is_stalled());
                 let waiting = |host_socket: &HostSocket| {
@@ -572,6 +578,7 @@ impl Coordinator {
             }
             Err(error) => log::warn!("{error}"),
         }
+        (taken * WATCH_SHARE).clamp(WATCH, LAST_WATCH)
     }
 
     async fn stop(&mut self) -> Stop {

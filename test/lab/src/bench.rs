@@ -30,7 +30,7 @@ use anyhow::{Context, Result, bail};
 use figure::{Figure, Quantity, Row};
 use live::Live;
 use machine::Machine;
-use setting::{Run, Setting, Tally, Way};
+use setting::{Run, Server, Setting, Tally, Way};
 
 #[derive(clap::Args)]
 pub struct Options {
@@ -81,16 +81,23 @@ pub struct Part {
     pub name: &'static str,
     pub ways: &'static [Way],
     run: Box<Runner>,
+    server: Server,
     own_routers: bool,
 }
 
 impl Part {
     pub fn new(name: &'static str, run: impl Fn(&Run<'_>) -> Result<Vec<Figure>> + 'static) -> Part {
-        Part { name, ways: &Way::ALL, run: Box::new(run), own_routers: false }
+        Part { name, ways: &Way::ALL, run: Box::new(run), server: Server::OnOtherHost, own_routers: false }
     }
 
     pub fn by(mut self, ways: &'static [Way]) -> Part {
         self.ways = ways;
+        self
+    }
+
+    /// Between two pods of one host.
+    pub fn on_one_host(mut self) -> Part {
+        self.server = Server::OnSameHost;
         self
     }
 
@@ -106,7 +113,7 @@ impl Part {
         if with_routers {
             setting.start_routers()?;
         }
-        let figures = (self.run)(&setting.run(way, seconds))?;
+        let figures = (self.run)(&setting.run(way, self.server, seconds))?;
         if with_routers {
             setting.stop_routers()?;
         }

@@ -1,33 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Real containers, made over CRI by a real containerd, and with Podman: rules find their labels, and what becomes of
-//! containers and runtimes disturbs nobody.
+//! Real containers, made over CRI by a real containerd: rules find their labels, and what becomes of containers and
+//! runtimes disturbs nobody.
 
-use std::{
-    net::{Ipv4Addr, SocketAddr},
-    process::Command,
-    time::{Duration, Instant},
-};
+#[path = "containers/shop.rs"]
+mod shop;
+
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use lab::{
-    DEADLINE, Host, Lab, Place, Pod, Process, RouterOptions,
+    DEADLINE, Host, Lab, Pod, Process, RouterOptions,
     containerd::{ContainerSpec, Containerd, PodSpec, RunningContainer, RunningPod},
-    docker::Docker,
-    podman::Podman,
-    program, wait_for,
+    wait_for,
 };
 use nix::sys::signal::Signal;
 
-const RULE_FOR_SHOP: &str = "type=podLabel\nname=app\nvalue=shop\n";
-const RULE_FOR_WEB: &str = "type=containerLabel\nname=tier\nvalue=web\n";
+use shop::{RULE_FOR_SHOP, connect, expect_refused, start_routers};
 
-/// Routers on both hosts; that of h2, where the containers are, asks for a label.
-fn start_routers(lab: &Lab, rule: &str, runtime: &str) -> Result<()> {
-    lab.hosts().into_iter().try_for_each(Host::start_forwarder)?;
-    lab.h1.start_router(&RouterOptions::default())?;
-    let rules = lab.h2.write_rules("label", rule)?;
-    lab.h2.start_router(&RouterOptions::with_rules(&rules).with("ROUTER_RUNTIME", runtime))
-}
+const RULE_FOR_WEB: &str = "type=containerLabel\nname=tier\nvalue=web\n";
 
 fn server(name: &str, port: u16) -> ContainerSpec {
     ContainerSpec::new(name, &format!("/bin/stream --server 0.0.0.0:{port} --pings"))
@@ -35,15 +25,6 @@ fn server(name: &str, port: u16) -> ContainerSpec {
 
 fn shop(port: u16) -> PodSpec {
     PodSpec::new("shop").label("app", "shop").container(server("web", port))
-}
-
-/// A client in a pod of the other host, connected.
-fn connect(client: &Pod, server: Ipv4Addr, port: u16) -> Result<Process> {
-    let mut command = Command::new(program("stream")?);
-    command.args(["--client", &SocketAddr::new(server.into(), port).to_string(), "--pings", "--until-eof"]);
-    let mut client = client.spawn(&format!("client-{port}"), &mut command)?;
-    client.wait_until_it_says("connected", DEADLINE)?;
-    Ok(client)
 }
 
 fn connect_to(client: &Pod, pod: &RunningPod, container: usize, port: u16) -> Result<Process> {
@@ -57,12 +38,6 @@ fn finish(containerd: &Containerd, mut client: Process, server: &RunningContaine
     client.wait(DEADLINE)?.expect_success()?;
     let code = wait_for("the end of the server", DEADLINE, || containerd.exit_code(server))?;
     ensure!(code == 0, "the server ended with {code}: {}", server.log());
-    Ok(())
-}
-
-fn expect_refused(host: &Host, port: u16) -> Result<()> {
-    let reason = host.wait_until_refused(port)?;
-    ensure!(reason == "no_rule_matches", "{reason}");
     Ok(())
 }
 
@@ -236,61 +211,4 @@ fn a_router_that_was_there_before_the_runtime_learns_of_its_containers() -> Resu
     let client = connect_to(&client, &pod, 0, 7000)?;
     lab.h2.wait_until_on_host(7000)?;
     finish(&containerd, client, &pod.containers[0])
-}
-
-#[test]
-fn containers_of_podman_are_swapped_by_their_own_labels_or_their_pods() -> Result<()> {
-    let lab = Lab::new("podman")?;
-    let podman = Podman::start(&lab.h2)?;
-    start_routers(&lab, RULE_FOR_SHOP, &podman.socket().to_string_lossy())?;
-    let client = lab.h1.pod("client")?;
-    podman.create_pod("shop", "app=shop")?;
-    podman.create_pod("mail", "app=mail")?;
-    let mut clients = Vec::new();
-    for (port, options) in [
-        (7000, vec!["--name", "alone", "--label", "app=shop"]),
-        (7001, vec!["--name", "in-shop", "--pod", "shop"]),
-        (7002, vec!["--name", "in-mail", "--pod", "mail", "--label", "app=shop"]),
-    ] {
-        let network = lab.h2.pod(&format!("network-{port}"))?;
-        podman.run_container(&network, &options, &format!("/bin/stream --server 0.0.0.0:{port} --pings"))?;
-        wait_for("the server to listen", DEADLINE, || Ok(listens(network.place(), port).then_some(())))?;
-        clients.push(connect(&client, network.v4, port)?);
-    }
-    ensure!(lab.h2.wait_until_on_host(7000)?.workload == "alone");
-    ensure!(lab.h2.wait_until_on_host(7001)?.workload == "shop/in-shop");
-    expect_refused(&lab.h2, 7002)?;
-    for mut client in clients {
-        client.close_stdin();
-        client.wait(DEADLINE)?.expect_success()?;
-    }
-    Ok(())
-}
-
-#[test]
-fn containers_of_docker_are_swapped_by_their_own_labels() -> Result<()> {
-    let lab = Lab::new("docker")?;
-    let docker = Docker::start(&lab.h2)?;
-    start_routers(&lab, RULE_FOR_SHOP, &docker.socket().to_string_lossy())?;
-    let client = lab.h1.pod("client")?;
-    let mut clients = Vec::new();
-    for (port, name, label) in [(7000, "web", "app=shop"), (7001, "mail", "app=mail")] {
-        let program = format!("/bin/stream --server 0.0.0.0:{port} --pings");
-        let address = docker.run_container(name, label, &program)?;
-        docker.wait_until_it_says(name, "listening")?;
-        clients.push(connect(&client, address, port)?);
-    }
-    ensure!(lab.h2.wait_until_on_host(7000)?.workload == "web");
-    expect_refused(&lab.h2, 7001)?;
-    for mut client in clients {
-        client.close_stdin();
-        client.wait(DEADLINE)?.expect_success()?;
-    }
-    Ok(())
-}
-
-/// Does anything in this network?
-fn listens(place: &Place, port: u16) -> bool {
-    let listening = place.run(Command::new("ss").args(["-Htln", &format!("sport = :{port}")]));
-    listening.is_ok_and(|sockets| !sockets.is_empty())
 }

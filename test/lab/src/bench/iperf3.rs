@@ -18,6 +18,8 @@ pub static KEY: Key = Key {
 };
 
 static THROUGHPUT: Quantity = Quantity::more("throughput", "Gbit/s").target(Target::OfHost(0.98));
+static WITHIN_A_HOST: Quantity =
+    Quantity::more("throughput within a host", "Gbit/s").target(Target::OfOverlay(1.4));
 static CLIENT_CPU: Quantity = Quantity::less("CPU time of the client", "s per GB");
 static SERVER_CPU: Quantity = Quantity::less("CPU time of the server", "s per GB");
 
@@ -34,18 +36,27 @@ const KINDS: [(&str, &[&str], usize); 5] = [
 ];
 
 fn parts(_: &Setting) -> Result<Vec<Part>> {
-    let part = |(kind, arguments, streams): (&'static str, &'static [&str], usize)| {
-        Part::new(kind, move |run| {
-            let Summary { gbps, client_cpu_percent, server_cpu_percent } = once(run, arguments, streams)?;
-            let cpu_s_per_gb = |percent: f64| percent / 100.0 / (gbps / 8.0);
-            Ok(vec![
-                THROUGHPUT.of(kind, gbps),
-                CLIENT_CPU.of(kind, cpu_s_per_gb(client_cpu_percent)),
-                SERVER_CPU.of(kind, cpu_s_per_gb(server_cpu_percent)),
-            ])
-        })
-    };
-    Ok(KINDS.into_iter().map(part).chain(pause::main_parts()).collect())
+    let between =
+        KINDS.into_iter().map(|(kind, arguments, streams)| part(kind, &THROUGHPUT, arguments, streams));
+    let within = part("1 stream, both on one host", &WITHIN_A_HOST, &[], 1).on_one_host();
+    Ok(between.chain([within]).chain(pause::main_parts()).collect())
+}
+
+fn part(
+    kind: &'static str,
+    throughput: &'static Quantity,
+    arguments: &'static [&str],
+    streams: usize,
+) -> Part {
+    Part::new(kind, move |run| {
+        let Summary { gbps, client_cpu_percent, server_cpu_percent } = once(run, arguments, streams)?;
+        let cpu_s_per_gb = |percent: f64| percent / 100.0 / (gbps / 8.0);
+        Ok(vec![
+            throughput.of(kind, gbps),
+            CLIENT_CPU.of(kind, cpu_s_per_gb(client_cpu_percent)),
+            SERVER_CPU.of(kind, cpu_s_per_gb(server_cpu_percent)),
+        ])
+    })
 }
 
 pub fn once(run: &Run<'_>, arguments: &[&str], streams: usize) -> Result<Summary> {

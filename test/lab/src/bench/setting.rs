@@ -35,15 +35,25 @@ const LABELS: &str = "
 containers:
   - { cgroup: podclient/client, pod: client, container: client, podLabels: { app: iperf3 } }
   - { cgroup: podserver/server, pod: server, container: server, podLabels: { app: iperf3 } }
+  - { cgroup: podneighbour/neighbour, pod: neighbour, container: neighbour, podLabels: { app: iperf3 } }
 ";
 
 const RULE_FOR_NOBODY: &str = "type=cidr\nfrom=10.99.0.0/16\nto=10.99.0.0/16\n";
 
-/// A lab with a pod on each host and forwarders, the routers off.
+/// Where the server of a run is, as its client sees it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Server {
+    OnOtherHost,
+    OnSameHost,
+}
+
+/// A lab with a client on one host, a server on each, and forwarders, the routers off.
 pub struct Setting {
     pub lab: Lab,
     pub client: Pod,
     pub server: Pod,
+    /// The server on the client's host.
+    pub neighbour: Pod,
     pub routers: RouterOptions,
     log: RefCell<File>,
     /// Whether what is logged is shown at once.
@@ -63,6 +73,7 @@ impl Setting {
     pub fn new(key: &Key, rules: Option<&Path>, log: &Path, shown: bool) -> Result<Setting> {
         let lab = Lab::new(&format!("bench-{}", key.name))?;
         let (client, server) = (lab.h1.pod("client")?, lab.h2.pod("server")?);
+        let neighbour = lab.h1.pod("neighbour")?;
         for host in lab.hosts() {
             host.start_forwarder()?;
         }
@@ -77,16 +88,18 @@ impl Setting {
         let routers = RouterOptions::with_rules(&rules).with("ROUTER_LABELS", &labels.to_string_lossy());
         let log = File::create(log).with_context(|| format!("making {}", log.display()))?;
         let (log, tally) = (RefCell::new(log), RefCell::default());
-        Ok(Setting { lab, client, server, routers, log, shown, tally })
+        Ok(Setting { lab, client, server, neighbour, routers, log, shown, tally })
     }
 
     /// Where this way's client and server are. The routers are the caller's.
-    pub fn run(&self, way: Way, seconds: u32) -> Run<'_> {
+    pub fn run(&self, way: Way, server: Server, seconds: u32) -> Run<'_> {
+        let (pod, host) = match server {
+            Server::OnOtherHost => (&self.server, &self.lab.h2),
+            Server::OnSameHost => (&self.neighbour, &self.lab.h1),
+        };
         let (client, server, from, to) = match way {
-            Way::Overlay | Way::Router => {
-                (self.client.place(), self.server.place(), self.client.v4, self.server.v4)
-            }
-            Way::Host => (self.lab.h1.place(), self.lab.h2.place(), self.lab.h1.address, self.lab.h2.address),
+            Way::Overlay | Way::Router => (self.client.place(), pod.place(), self.client.v4, pod.v4),
+            Way::Host => (self.lab.h1.place(), host.place(), self.lab.h1.address, host.address),
         };
         Run { setting: self, way, client, server, from: from.into(), address: to.into(), seconds }
     }
