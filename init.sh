@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Installs what building and testing need on Debian 12 or later, and mounts what tracing needs. Safe to repeat.
 # What only some tests need is installed by name (`./init.sh programs cluster`): `programs`, the servers and clients of
-# test/lab/tests/programs.rs and of the benchmarks; `engines`, Podman and Docker; `web`, a browser, and Prometheus as the
+# test/lab/tests/programs.rs and of the benchmarks; `containers`, containerd; `engines`, Podman and Docker; `web`, a browser, and Prometheus as the
 # judge of metrics; `cluster`, what building and running a Kubernetes API server needs; `deploy`, what judges manifests, chart,
 # image and package.
 set -euo pipefail
@@ -13,7 +13,6 @@ packages=(
     iproute2 procps util-linux nftables openssl                  # the lab
     iperf3 sockperf                                              # throughput and latency
     nftables musl-tools gcc-multilib                             # the matrix: NAT, and programs of other kinds
-    containerd runc containernetworking-plugins                  # containers
     qemu-system-x86 busybox-static cpio jq                       # the second kernel
 )
 if [[ " $* " == *" web "* ]]; then
@@ -27,6 +26,9 @@ if [[ " $* " == *" programs "* ]]; then
         openmpi-bin libopenmpi-dev netpipe-openmpi                                             # MPI
         golang-go default-jdk-headless nodejs python3                                          # languages
     )
+fi
+if [[ " $* " == *" containers "* || " $* " == *" deploy "* ]]; then
+    packages+=(containerd runc containernetworking-plugins)
 fi
 if [[ " $* " == *" engines "* ]]; then
     packages+=(podman conmon docker.io)

@@ -3,6 +3,7 @@
 # All tests. `test/run.sh swap` runs only the test files of these names. What takes long, or installs much, is added by an
 # argument:
 #   --programs      redis, PostgreSQL, nginx and others, moved under load
+#   --containers    containers made over CRI by containerd
 #   --engines       containers of Podman and Docker
 #   --cluster       a Kubernetes API server, which is built once
 #   --deploy        manifests, chart, image and Debian package
@@ -14,7 +15,7 @@ cd "$(dirname "$0")/.."
 ((EUID == 0)) || { echo "error: namespaces, BPF and ptrace need root: run $0 as root" >&2; exit 1; }
 
 # Their test files have their names.
-long=(programs engines cluster deploy web)
+long=(programs containers engines cluster deploy web)
 kernel=no added=() words=() failed=()
 if [[ ${1:-} == --fuzz ]]; then
     [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || { echo "error: --fuzz ${2:-}: expected minutes, as in --fuzz 60" >&2; exit 1; }
@@ -50,8 +51,9 @@ cargo build --release --locked --workspace
 cargo build --release --locked -p forwarder --features faults --bin forwarder-with-faults
 
 if ((${#words[@]} == 0)); then
-    cargo test --release --locked --workspace --exclude lab
+    cargo test --release --locked --workspace --lib --bins
 fi
+# Of the workspace, not of `lab` alone: that has fewer features of its dependencies, and would build them anew.
 # What is measured and what is stopped is sensitive to company: one lab at a time.
 for file in test/lab/tests/*.rs test/lab/tests/*/main.rs; do
     name=$(basename "${file%/main.rs}" .rs)
@@ -59,12 +61,11 @@ for file in test/lab/tests/*.rs test/lab/tests/*/main.rs; do
     if ((${#words[@]} == 0)) || is_among "$name" "${words[@]}"; then
         [[ $name != transparency ]] || lab transparency --clear
         # The files after one that fails have something to say as well.
-        cargo test --release --locked -p lab --test "$name" -- --test-threads 1 || failed+=("$name")
+        cargo test --release --locked --workspace --test "$name" -- --test-threads 1 || failed+=("$name")
         [[ $name != transparency ]] || lab transparency
     fi
 done
 if ((${#words[@]} == 0)); then
-    cargo test --release --locked -p lab --lib --bins
     # Each time another seed: it is printed, and `test/script.sh torture` with these options and --seed S is it again.
     lab torture --minutes 0.5 --connections 60 --without kills
     [[ $kernel == no ]] || test/kernel.sh
