@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Installs what building and testing need on Debian 12 or later, and mounts what tracing needs. Safe to repeat.
 # What only some tests need is installed by name (`./init.sh programs cluster`): `programs`, the servers and clients of
-# test/lab/tests/programs.rs and of the benchmarks; `containers`, containerd; `engines`, Podman and Docker; `web`, a browser, and Prometheus as the
-# judge of metrics; `cluster`, what building and running a Kubernetes API server needs; `deploy`, what judges manifests, chart,
-# image and package.
+# test/lab/tests/programs.rs and of the benchmarks; `containers`, containerd; `engines`, Podman and Docker; `web`, a browser,
+# and Prometheus as the judge of metrics; `cluster`, what building and running a Kubernetes API server needs; `deploy`, what
+# judges manifests, chart, image and package.
 set -euo pipefail
 
 packages=(
