@@ -48,13 +48,13 @@ if ((${#words[@]} == 0)); then
     [[ -n ${CI:-} ]] || cargo clippy --release --locked --workspace --all-targets -- -D warnings
 fi
 cargo build --release --locked --workspace
-# For the tests of kills: a forwarder that dies where it is told to.
-cargo build --release --locked -p forwarder --features faults --bin forwarder-with-faults
+# For the tests of kills: a forwarder that dies where it is told to. Of the workspace as well: `-p forwarder` alone has fewer
+# features of its dependencies, and would build them anew.
+cargo build --release --locked --workspace --features forwarder/faults --bin forwarder-with-faults
 
 if ((${#words[@]} == 0)); then
     cargo test --release --locked --workspace --lib --bins
 fi
-# Of the workspace, not of `lab` alone: that has fewer features of its dependencies, and would build them anew.
 # What is measured and what is stopped is sensitive to company: one lab at a time.
 for file in test/lab/tests/*.rs test/lab/tests/*/main.rs; do
     name=$(basename "${file%/main.rs}" .rs)
