@@ -41,7 +41,7 @@ const POINTS: [&str; 16] = [
 ];
 
 fn kills() -> u32 {
-    std::env::var("LAB_KILLS").ok().and_then(|kills| kills.parse().ok()).unwrap_or(8)
+    std::env::var("LAB_KILLS").ok().and_then(|kills| kills.parse().ok()).unwrap_or(4)
 }
 
 /// Each time a new stream, which moves to and fro as fast as it can, and a kill in the middle of that.
