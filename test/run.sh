@@ -3,6 +3,7 @@
 # All tests. `test/run.sh swap` runs only the test files of these names. What takes long, or installs much, is added by an
 # argument:
 #   --programs      redis, PostgreSQL, nginx and others, moved under load
+#   --adversity     what they need is taken away amid moves: paths, disk, descriptors
 #   --containers    containers made over CRI by containerd
 #   --engines       containers of Podman and Docker
 #   --cluster       a Kubernetes API server, which is built once
@@ -15,7 +16,7 @@ cd "$(dirname "$0")/.."
 ((EUID == 0)) || { echo "error: namespaces, BPF and ptrace need root: run $0 as root" >&2; exit 1; }
 
 # Their test files have their names.
-long=(programs containers engines cluster deploy web)
+long=(programs adversity containers engines cluster deploy web)
 kernel=no added=() words=() failed=()
 if [[ ${1:-} == --fuzz ]]; then
     [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || { echo "error: --fuzz ${2:-}: expected minutes, as in --fuzz 60" >&2; exit 1; }
