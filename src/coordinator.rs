@@ -545,6 +545,7 @@ impl Coordinator {
         }
         self.parts.lookup.look_at_interfaces().await;
         self.look_for_pods().await;
+        self.look_for_workloads().await;
     }
 
     async fn read_rules(&mut self, reading: Reading) {
@@ -556,7 +557,6 @@ impl Coordinator {
         for (tuple, declined) in verdicts {
             self.handle(Event::Verdict(tuple, declined)).await;
         }
-        self.look_for_workloads().await;
     }
 
     /// Is the host path of every swapped connection alive? Returns when to look again.
