@@ -41,7 +41,7 @@ pub enum Point {
 #[inline(always)]
 pub fn point(_: Point) {}
 
-/// Die here, as by SIGKILL at this instant, if FORWARDER_FAULT says so.
+/// Let the forwarder die here, as by SIGKILL at this instant, if FORWARDER_FAULT says so.
 #[cfg(feature = "faults")]
 pub fn point(point: Point) {
     use std::sync::{
@@ -49,7 +49,9 @@ pub fn point(point: Point) {
         atomic::{AtomicU32, Ordering},
     };
 
-    use nix::sys::signal::{Signal, raise};
+    use nix::sys::signal::{Signal, kill};
+
+    use crate::child;
 
     static WANTED: OnceLock<Option<(String, u32)>> = OnceLock::new();
     static PASSED: AtomicU32 = AtomicU32::new(0);
@@ -61,6 +63,10 @@ pub fn point(point: Point) {
     let Some((name, times)) = wanted else { return };
     if format!("{point:?}").eq_ignore_ascii_case(name) && PASSED.fetch_add(1, Ordering::Relaxed) + 1 == *times
     {
-        let _ = raise(Signal::SIGKILL);
+        let _ = kill(child::forwarder(), Signal::SIGKILL);
+        // The child's own end comes a moment later: nothing is done until then, unless it outlives.
+        while !child::is_outliving() {
+            std::thread::park();
+        }
     }
 }

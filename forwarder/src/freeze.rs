@@ -24,6 +24,7 @@ use nix::{errno::Errno, sys::ptrace, unistd::Pid};
 use crate::{
     alarm::{Alarm, Alarms},
     arch::{self, Frame, Interrupted, Regs, Timed},
+    child,
     fault::{self, Point},
     foothold::Foothold,
     process::{self, Memory, RemoteAddr, RemoteFd, Tgid, Tid},
@@ -69,6 +70,8 @@ impl Frozen {
         let mut frozen =
             Frozen { processes: Vec::with_capacity(tgids.len()), seized: HashMap::new(), _here: PhantomData };
         process::hurry();
+        // From the first stop on until every thread is put right.
+        let _outliving = child::outlive();
         let mut stopped = HashMap::new();
         if let Err(reason) = frozen.stop_all(tgids, &mut stopped, deadline) {
             frozen.give_up(tgids, alarms, stopped);

@@ -38,6 +38,7 @@ use nix::{
 
 use crate::{
     arch::{self, Call, Regs, scratch},
+    child,
     fault::{self, Point},
     foothold::{Foothold, Shelter},
     freeze::{
@@ -310,6 +311,8 @@ impl Block {
                 done = how_it_ended(process, table);
             }
         }
+        // A thread that has left by itself is stopped wherever it is.
+        let _outliving = child::outlive();
         let end = self.stop_at_end(deadline)?;
         let _ = ptrace::setoptions(Pid::from_raw(self.tid.0), ptrace::Options::PTRACE_O_TRACESYSGOOD);
         match end {

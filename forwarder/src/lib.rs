@@ -5,6 +5,7 @@
 
 mod alarm;
 mod arch;
+mod child;
 mod exchange;
 mod fault;
 mod foothold;
@@ -27,14 +28,16 @@ mod table;
 mod transaction;
 mod turns;
 
+pub use heap::Heap;
 pub use session::is_letter;
 
 use std::{
     io::Write,
-    os::unix::net::UnixListener,
+    os::unix::net::{UnixListener, UnixStream},
     path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail};
@@ -158,14 +161,22 @@ fn outlive_others() {
     }
 }
 
+/// How long a child of a forwarder that was killed may go on, see [`child`].
+const LEFTOVERS: Duration = Duration::from_secs(2);
+
 /// Take the socket's place; refuse while another forwarder answers there.
 fn listen(path: &Path) -> Result<UnixListener> {
     if let Some(directory) = path.parent() {
         std::fs::create_dir_all(directory)
             .with_context(|| format!("making the directory {}", directory.display()))?;
     }
-    if std::os::unix::net::UnixStream::connect(path).is_ok() {
-        bail!("another forwarder listens on {}: stop it, or give another --socket", path.display());
+    // One that was killed in the middle of a move leaves a child for some milliseconds, which has its descriptors.
+    let patience = Instant::now() + LEFTOVERS;
+    while UnixStream::connect(path).is_ok() {
+        if Instant::now() >= patience {
+            bail!("another forwarder listens on {}: stop it, or give another --socket", path.display());
+        }
+        std::thread::sleep(LEFTOVERS / 100);
     }
     match std::fs::remove_file(path) {
         Ok(()) => {}

@@ -4,6 +4,7 @@
 use std::{
     fs::File,
     io,
+    mem::MaybeUninit,
     os::{
         fd::{AsRawFd, FromRawFd, OwnedFd},
         unix::fs::FileExt,
@@ -11,6 +12,7 @@ use std::{
 };
 
 use forwarder_api::Refusal;
+use rustix::fs::RawDir;
 
 /// A thread group: what `ps` calls a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -64,12 +66,16 @@ fn out_of_descriptors(error: &io::Error) -> Option<Refusal> {
     matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)).then_some(Refusal::Exhausted)
 }
 
-/// The threads of a process at this moment, zombies left out.
+/// The threads of a process at this moment, zombies left out. Without the C library's memory, as [`crate::child`] wants it.
 pub fn threads(tgid: Tgid) -> io::Result<Vec<Tid>> {
+    let directory = File::open(format!("/proc/{}/task", tgid.0))?;
     let mut tids = Vec::new();
-    for entry in std::fs::read_dir(format!("/proc/{}/task", tgid.0))? {
-        let Some(tid) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-        tids.push(Tid(tid));
+    let mut buffer = [MaybeUninit::uninit(); 8 << 10];
+    let mut entries = RawDir::new(directory, &mut buffer);
+    while let Some(entry) = entries.next() {
+        if let Some(tid) = entry?.file_name().to_str().ok().and_then(|name| name.parse().ok()) {
+            tids.push(Tid(tid));
+        }
     }
     Ok(tids)
 }

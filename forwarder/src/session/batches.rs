@@ -3,6 +3,7 @@
 
 use std::{
     collections::HashSet,
+    io,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -11,6 +12,7 @@ use forwarder_api::{ConnId, Direction, Frame, Manner, Outcome, Refusal};
 
 use super::{Book, Job, Letter, Session, Stage, Waiter, Word, spawn};
 use crate::{
+    child,
     mover::{Finished, Mailbox, Member, Over, Remote, run_local},
     process::Tgid,
     site::{Reserved, locked, reset},
@@ -145,23 +147,28 @@ impl Session {
         let moving = Moving { number, job, since, conns: conns.clone() };
         let (session, site) = (Arc::clone(self), Arc::clone(&self.site));
         let run = move || {
-            let finished = match job {
-                Job::Remote(task, _) => {
-                    let teller = Arc::clone(&session);
-                    let tell = Box::new(move |message: &_| teller.say(number, lead, message));
-                    Remote { site, members, task, mailbox, tell }.run()
-                }
+            let teller = Arc::clone(&session);
+            let tell = Box::new(move |message: &_| teller.say(number, lead, message));
+            let finished = child::run(|| match job {
+                Job::Remote(task, _) => Remote { site, members, task, mailbox, tell }.run(),
                 Job::Local { budget } => run_local(&site, members, budget),
-            };
-            session.finished(moving, finished);
+            });
+            match finished {
+                Ok(finished) => session.finished(moving, finished),
+                Err(error) => session.cannot_move(&moving.conns, &error),
+            }
             session.no_longer_led(job);
             drop(reserved);
         };
         if let Err(error) = spawn("move", run) {
-            log::error!("no thread to move: {error}");
+            self.cannot_move(&conns, &error);
             self.no_longer_led(job);
-            conns.into_iter().for_each(|conn| self.not_started(conn, Refusal::Exhausted));
         }
+    }
+
+    fn cannot_move(&self, conns: &[ConnId], error: &io::Error) {
+        log::error!("no thread or process to move: {error}");
+        conns.iter().for_each(|conn| self.not_started(*conn, Refusal::Exhausted));
     }
 
     fn no_longer_led(&self, job: Job) {

@@ -12,13 +12,9 @@ use std::{
 use anyhow::{Context, Result, anyhow, ensure};
 use lab::{Host, RULE_FOR_ALL_PODS, RouterOptions, Scene};
 
-const KINDS: [&str; 4] = ["", "--io epoll --threads 8", "--fork 2 --dup 1", "--pings"];
-
-/// A thread that is stopped, by whomever, within a blocking write returns with less than all, and within epoll_wait(2)
-/// with EINTR (signal(7)). The forwarder undoes that, if it lives for another few hundred microseconds: where it may not,
-/// these are used.
-const KINDS_THAT_STOP_WELL: [&str; 4] = ["--io poll", "--io select", "--io poll --fork 2 --dup 1", "--pings"];
-const BEFORE_ALL_IS_PUT_RIGHT: [&str; 2] = ["seizing", "stopped"];
+/// Among them those that see a stop of which nobody takes care: a blocking write that ends short, EINTR from epoll_wait(2)
+/// (signal(7)).
+const KINDS: [&str; 5] = ["", "--io epoll --threads 8", "--fork 2 --dup 1", "--pings", "--io poll"];
 
 /// All of `forwarder/src/fault.rs`.
 const POINTS: [&str; 16] = [
@@ -53,7 +49,7 @@ fn check(test: &str, kill: impl Fn(&Scene, &Host, &RouterOptions) -> Result<()>)
     scene.lab.start_everything(&options)?;
     let mut orders = 0;
     for number in 0..kills() {
-        let kind = KINDS_THAT_STOP_WELL[number as usize % KINDS_THAT_STOP_WELL.len()];
+        let kind = KINDS[number as usize % KINDS.len()];
         let port = 7000 + number as u16;
         let hosts = scene.lab.hosts();
         let (killed, other) = (hosts[number as usize / 2 % 2], hosts[1 - number as usize / 2 % 2]);
@@ -135,13 +131,9 @@ impl Fatal {
         faults: [Option<String>; 2],
         begin: impl Fn(&Scene, u16) -> Result<()> + Sync,
     ) -> Result<()> {
-        let point = |fault: &String| fault.split(':').next().unwrap_or_default().to_owned();
-        let early =
-            faults.iter().flatten().any(|fault| BEFORE_ALL_IS_PUT_RIGHT.contains(&point(fault).as_str()));
-        let kinds = if early { KINDS_THAT_STOP_WELL } else { KINDS };
         let thorough = std::env::var_os("LAB_THOROUGH").is_some();
-        let in_turn = usize::from(self.port) % kinds.len();
-        for kind in if thorough { &kinds[..] } else { &kinds[in_turn..=in_turn] } {
+        let in_turn = usize::from(self.port) % KINDS.len();
+        for kind in if thorough { &KINDS[..] } else { &KINDS[in_turn..=in_turn] } {
             self.port += 1;
             self.check_kind(&faults, kind, &begin).with_context(|| format!("{faults:?}, {kind}"))?;
         }
