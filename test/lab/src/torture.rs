@@ -44,18 +44,9 @@ pub struct Options {
     /// Connections at the same time.
     #[arg(long, default_value_t = 200)]
     connections: usize,
-    /// Leave something out.
-    #[arg(long, value_enum)]
-    without: Option<Without>,
     /// Where torture.json goes.
     #[arg(long, default_value = "test/results", value_name = "DIRECTORY")]
     results: PathBuf,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum Without {
-    /// No router and no forwarder is killed.
-    Kills,
 }
 
 const MOVERS: usize = 8;
@@ -86,8 +77,7 @@ pub fn run(options: &Options) -> Result<()> {
     let seed = options.seed.unwrap_or_else(|| fastrand::u64(..1 << 32));
     println!("seed {seed}");
     let stage = Stage::new()?;
-    let kills = options.without != Some(Without::Kills);
-    let mut fate = Fate::new(seed, kills);
+    let mut fate = Fate::new(seed);
     let mut movers = Mover::all(seed, MOVERS, BETWEEN_ORDERS);
     let mut crowd = Crowd::new(&stage.pods, Slot::all(seed, options.connections), &stage.tally);
     let mut censuses = Vec::new();

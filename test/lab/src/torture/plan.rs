@@ -93,10 +93,7 @@ impl Slot {
             0..2 => "--idle --threads 4".to_owned(),
             2..5 => format!("--pings --interval-us {}", random.u32(2_000..50_000)),
             _ => {
-                // A time-out of epoll_wait begins anew when its thread is stopped: a process that is stopped for each of
-                // its connections needs a shorter one.
-                let pauses = if self.connections > 1 { &PAUSES_MS[..3] } else { &PAUSES_MS[..] };
-                let pause = pauses[random.usize(0..pauses.len())];
+                let pause = PAUSES_MS[random.usize(0..PAUSES_MS.len())];
                 let saturated = self.connections == 1 && random.u32(0..SATURATED) == 0;
                 let kind = KINDS[random.usize(0..KINDS.len())];
                 format!("{kind} --pause-ms {}", if saturated { 0 } else { pause })
@@ -189,14 +186,13 @@ pub enum Rules {
 #[derive(Debug)]
 pub struct Fate {
     random: Rng,
-    kills: bool,
     /// What each host's rules are.
     rules: [Rules; 2],
 }
 
 impl Fate {
-    pub fn new(seed: u64, kills: bool) -> Fate {
-        Fate { random: random(seed, "fate", 0), kills, rules: [Rules::AllPods; 2] }
+    pub fn new(seed: u64) -> Fate {
+        Fate { random: random(seed, "fate", 0), rules: [Rules::AllPods; 2] }
     }
 
     /// What comes next, after a pause.
@@ -204,8 +200,7 @@ impl Fate {
         let random = &mut self.random;
         let pause = Duration::from_millis(random.u64(100..1_500));
         let host = random.usize(0..2);
-        let kind = if self.kills { random.u32(0..12) } else { random.u32(10..12) };
-        let blow = match kind {
+        let blow = match random.u32(0..12) {
             0..4 => Blow::KillRouter(host),
             4..7 => Blow::KillForwarder(host),
             7..9 => Blow::KillBoth(host),
@@ -252,7 +247,7 @@ mod tests {
             let mut slots = Slot::all(seed, 20);
             let pairs: Vec<Pair> =
                 slots.iter_mut().flat_map(|slot| [slot.next_pair(), slot.next_pair()]).collect();
-            let mut fate = Fate::new(seed, true);
+            let mut fate = Fate::new(seed);
             let blows: Vec<Blow> = (0..50).map(|_| fate.next_blow().1).collect();
             let mut mover = Mover::all(seed, 1, Duration::from_millis(10)).remove(0);
             let moves: Vec<Move> = (0..50).map(|_| mover.next_move()).collect();
@@ -272,16 +267,8 @@ mod tests {
     }
 
     #[test]
-    fn without_kills_routers_are_only_restarted_and_given_other_rules() {
-        let mut fate = Fate::new(3, false);
-        for _ in 0..100 {
-            assert!(matches!(fate.next_blow().1, Blow::RestartRouter(_) | Blow::Rules(..)));
-        }
-    }
-
-    #[test]
     fn rules_become_wide_again_after_each_change() {
-        let mut fate = Fate::new(3, false);
+        let mut fate = Fate::new(3);
         for _ in 0..20 {
             let narrow = fate.next_rules().1;
             let Blow::Rules(host, Rules::Few | Rules::Nothing) = narrow else { panic!("{narrow:?}") };
