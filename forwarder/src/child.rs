@@ -24,9 +24,13 @@ use std::{
     io,
     marker::PhantomData,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    time::Duration,
 };
 
-use nix::unistd::{Pid, getpid, getppid};
+use nix::{
+    sys::signal::{SigHandler, SigSet, Signal, signal},
+    unistd::{Pid, getpid, getppid},
+};
 
 use crate::heap::{self, Region};
 
@@ -89,6 +93,7 @@ extern "C" fn start<T, F: FnOnce() -> T>(errand: *mut libc::c_void) -> libc::c_i
     MAKER.set(Some(errand.maker));
     errand.region.use_here();
     end_with(errand.maker);
+    let_tracees_report();
     errand.result = errand.work.take().map(|work| catch_unwind(AssertUnwindSafe(work)));
     heap::use_no_region();
     MAKER.set(None);
@@ -143,6 +148,21 @@ fn end_with(maker: Pid) {
     }
 }
 
+/// For [`doze`]. The child has signal handlers and a mask of its own.
+fn let_tracees_report() {
+    // SAFETY: no handler is installed. Who started the forwarder may have had it ignored: then none would come.
+    let _ = unsafe { signal(Signal::SIGCHLD, SigHandler::SigDfl) };
+    let _ = SigSet::from(Signal::SIGCHLD).thread_block();
+}
+
+/// Sleep for so long, or, in a child, until a thread that it traces has stopped since it dozed last.
+pub fn doze(time: Duration) {
+    let reports = SigSet::from(Signal::SIGCHLD);
+    let time = libc::timespec { tv_sec: time.as_secs() as i64, tv_nsec: i64::from(time.subsec_nanos()) };
+    // SAFETY: sigtimedwait(2) reads a set and a time, and is asked for no more about the signal than its number.
+    unsafe { libc::sigtimedwait(reports.as_ref(), std::ptr::null_mut(), &time) };
+}
+
 fn set_signal_at_makers_end(signal: libc::c_int) {
     // SAFETY: PR_SET_PDEATHSIG takes an integer. It tells of the end of the thread that made this process.
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, signal as libc::c_ulong) };
@@ -181,7 +201,7 @@ impl Drop for Stack {
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, Instant};
+    use std::time::Instant;
 
     use nix::{
         sys::{

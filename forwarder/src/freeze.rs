@@ -36,6 +36,8 @@ const SPIN: Duration = Duration::from_micros(5);
 /// Between two looks at what does not stand still yet: from the first to the last.
 const FIRST_NAP: Duration = Duration::from_micros(5);
 const LAST_NAP: Duration = Duration::from_millis(1);
+/// So many threads are looked at whenever one of them has stopped.
+const FEW: usize = 32;
 /// How long a thread that did not stop in time is waited for, to be put right.
 const LATE: Duration = Duration::from_secs(1);
 
@@ -170,13 +172,14 @@ impl Frozen {
     ) -> Result<(), Refusal> {
         let began = Instant::now();
         loop {
-            let waiting: Vec<Tid> =
+            let waited_for: Vec<Tid> =
                 self.seized.keys().filter(|tid| !stopped.contains_key(tid)).copied().collect();
-            if waiting.is_empty() {
+            if waited_for.is_empty() {
                 return Ok(());
             }
             let mut progress = false;
-            for tid in waiting {
+            let waiting = waited_for.len();
+            for tid in waited_for {
                 match stop_of(tid) {
                     Some(Stop::Gone) => {
                         self.seized.remove(&tid);
@@ -198,8 +201,10 @@ impl Frozen {
             if Instant::now() >= deadline {
                 return Err(Refusal::FreezeBudget);
             }
-            if !progress {
-                nap(began);
+            match progress {
+                true => {}
+                false if waiting <= FEW => child::doze(LAST_NAP),
+                false => nap(began),
             }
         }
     }
@@ -514,7 +519,7 @@ pub fn wait_for_stop(tid: Tid, deadline: Instant) -> Result<Stop, Refusal> {
             return Err(Refusal::FreezeBudget);
         }
         if now.duration_since(began) > SPIN {
-            nap(began);
+            child::doze(LAST_NAP);
         }
     }
 }

@@ -28,7 +28,7 @@ use std::{
 use forwarder_api::Refusal;
 use nix::{
     errno::Errno,
-    poll::{PollFd, PollFlags, PollTimeout, poll},
+    poll::{PollFd, PollFlags, poll},
     sys::{
         ptrace,
         socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recv, sendmsg, socketpair},
@@ -42,7 +42,8 @@ use crate::{
     fault::{self, Point},
     foothold::{Foothold, Shelter},
     freeze::{
-        FrozenProcess, Stop, go_on, read_regs, set_signal_mask, signal_mask, wait_for_stop, write_regs,
+        FrozenProcess, Stop, go_on, read_regs, set_signal_mask, signal_mask, stop_of, wait_for_stop,
+        write_regs,
     },
     process::{RemoteAddr, RemoteFd, Tid, copy_fd, not_made},
     table::{COMMIT, INSTALLED, Lent, Plan, Rank, Table, Verdict, WatcherPlan, msghdr_at, result_at},
@@ -289,15 +290,27 @@ impl Block {
     fn wait_for_report(&self, deadline: Instant) -> Result<bool, Refusal> {
         let Some(pair) = &self.pair else { return Ok(false) };
         let mut fds = [PollFd::new(pair.as_fd(), PollFlags::POLLIN)];
-        let left = deadline.saturating_duration_since(Instant::now()).as_millis() + 1;
-        let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-        match poll(&mut fds, left) {
-            Ok(0) => return Err(Refusal::FreezeBudget),
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(_) => return Err(Refusal::InjectionFailed),
+        loop {
+            match poll(&mut fds, STOPPED_FOR_MS) {
+                Ok(0) if Instant::now() >= deadline => return Err(Refusal::FreezeBudget),
+                Ok(0) => self.go_on_if_stopped()?,
+                Err(Errno::EINTR) => {}
+                Ok(_) => break,
+                Err(_) => return Err(Refusal::InjectionFailed),
+            }
         }
         let length = recv(pair.as_raw_fd(), &mut [0], MsgFlags::MSG_DONTWAIT);
         length.map(|length| length > 0).map_err(|_| Refusal::InjectionFailed)
+    }
+
+    /// A signal that cannot be blocked (SIGSTOP), or the end of a stop (SIGCONT), has stopped the thread for us.
+    fn go_on_if_stopped(&self) -> Result<(), Refusal> {
+        match stop_of(self.tid) {
+            Some(Stop::Gone) => Err(Refusal::HolderVanished),
+            Some(Stop::Signal(signal)) => go_on(libc::PTRACE_CONT, self.tid, signal),
+            Some(Stop::Interrupted | Stop::Group | Stop::Syscall) => go_on(libc::PTRACE_CONT, self.tid, 0),
+            None => Ok(()),
+        }
     }
 
     /// After the gate was opened or closed: wait for the block's end and put the threads back where they were frozen.
@@ -363,6 +376,9 @@ enum End {
     /// Outside: we came so late that the block had restored the thread by itself.
     Left,
 }
+
+/// Between two looks whether a thread that is to run the block was stopped, milliseconds.
+const STOPPED_FOR_MS: u8 = 1;
 
 /// What a thread needs to get from the last report of its block into its last wait; doubled if it did not get there.
 const STRIDE: Duration = Duration::from_micros(10);

@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A socket of several threads, descriptors or processes is replaced everywhere at once, or not at all.
 
-use std::process::Command;
+use std::{
+    process::Command,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use lab::{DEADLINE, program, wait_for};
 use nix::sys::signal::Signal;
 
@@ -127,6 +131,39 @@ fn a_stopped_process_stays_stopped() -> Result<()> {
     connection.subject.signal(Signal::SIGCONT)?;
     connection.leave_after(refused.and(still))?;
     row.is_refused("holder_stopped")
+}
+
+const STOPPED_AND_CONTINUED: Row = SHARING.row(
+    "SIGSTOP and SIGCONT all the time",
+    "at any moment of the moves; nobody stands still for longer because of it",
+);
+
+/// They cannot be blocked, so that they also meet a thread that is replacing its sockets.
+#[test]
+fn a_process_that_is_stopped_and_continued_all_the_time_goes_on() -> Result<()> {
+    const TURNS: u32 = 30;
+    let connection = Connection::enter(&"read".into())?;
+    let (subject, over) = (&connection.subject, AtomicBool::new(false));
+    let moved = std::thread::scope(|scope| {
+        let signals = scope.spawn(|| -> Result<()> {
+            while !over.load(Ordering::Relaxed) {
+                subject.signal(Signal::SIGSTOP)?;
+                subject.signal(Signal::SIGCONT)?;
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            Ok(())
+        });
+        let moved = (0..TURNS).try_for_each(|_| {
+            let pause_us = connection.scene.lab.h1.move_to(connection.port, "host")?.pause_us;
+            let pause = Duration::from_micros(pause_us.context("a swapped connection has a pause")?);
+            ensure!(pause < Duration::from_secs(1), "a pause of {pause:?}");
+            connection.move_to("overlay")
+        });
+        over.store(true, Ordering::Relaxed);
+        signals.join().map_err(|_| anyhow!("the thread that signals has panicked"))?.and(moved)
+    });
+    connection.leave_after(moved)?;
+    STOPPED_AND_CONTINUED.is_kept()
 }
 
 #[test]
