@@ -12,7 +12,7 @@ packages=(
     bpftool                                                      # vmlinux.h, and looking at what was loaded
     iproute2 procps util-linux nftables openssl                  # the lab
     iperf3 sockperf                                              # throughput and latency
-    nftables musl-tools gcc-multilib                             # the matrix: NAT, and programs of other kinds
+    nftables conntrack musl-tools gcc-multilib                   # the matrix: NAT, and programs of other kinds
     qemu-system-x86 busybox-static cpio jq                       # the second kernel
 )
 if [[ " $* " == *" web "* ]]; then

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::{
     cluster::{Access, CONFIG_MAP},
+    conntrack::Conntrack,
     encryption,
     peers::{Interfaces, PeerError},
     rules::RuleSet,
@@ -24,6 +25,8 @@ pub struct Facts {
     /// Those that are missing, and what for.
     pub missing_capabilities: Vec<(String, &'static str)>,
     pub interfaces: Result<String, String>,
+    /// Is connection tracking asked about translated addresses, or why not.
+    pub conntrack: Result<(), String>,
     /// What encrypts the overlay, and whether that may be bypassed.
     pub encrypted_by: Option<String>,
     pub bypass_encryption: bool,
@@ -96,6 +99,7 @@ pub async fn probe(settings: &Settings) -> Facts {
         missing_capabilities,
         encrypted_by: encrypted_by(interfaces.as_ref().ok()).await,
         interfaces: interfaces.map(|found| found.found),
+        conntrack: Conntrack::open().map(drop).map_err(|error| error.to_string()),
         bypass_encryption: settings.encryption.bypass_encryption,
         scope_is_cgroup2: scope
             .as_deref()
@@ -190,6 +194,15 @@ pub fn judge(facts: &Facts) -> Vec<Line> {
             ),
         ),
         line("interfaces", of(&facts.interfaces)),
+        line(
+            "conntrack",
+            match &facts.conntrack {
+                Ok(()) => Finding::Ok("it tells what becomes of translated addresses (Services)".into()),
+                Err(error) => Finding::Waits(format!(
+                    "{error}: connections through a Service stay on the overlay; load nf_conntrack_netlink"
+                )),
+            },
+        ),
         line(
             "encryption",
             match (&facts.encrypted_by, facts.bypass_encryption) {
@@ -306,6 +319,7 @@ mod tests {
             has_btf: true,
             missing_capabilities: vec![],
             interfaces: Ok("flannel.1 and eth0 (192.0.2.1)".into()),
+            conntrack: Ok(()),
             encrypted_by: None,
             bypass_encryption: false,
             scope: Ok("/sys/fs/cgroup".into()),
@@ -357,6 +371,15 @@ mod tests {
                 .iter()
                 .any(|line| matches!(&line.finding, Finding::Waits(text) if text.contains("--runtime")))
         );
+    }
+
+    #[test]
+    fn connection_tracking_is_not_essential() {
+        let facts = Facts { conntrack: Err("it cannot be asked".into()), ..capable() };
+        let lines = judge(&facts);
+        assert_eq!(obstacle(&lines), None);
+        let says = |line: &Line| matches!(&line.finding, Finding::Waits(text) if text.contains("Service"));
+        assert!(lines.iter().any(says), "{lines:?}");
     }
 
     #[test]

@@ -83,6 +83,9 @@ const SCAN: Duration = Duration::from_secs(30);
 const WATCH: Duration = Duration::from_millis(300);
 const LAST_WATCH: Duration = Duration::from_secs(1);
 const WATCH_SHARE: u32 = 100;
+/// How many translations are kept in one look at the surroundings: about a millisecond. For the most connections that there
+/// can be, each is kept every ten minutes.
+const KEPT_AT_ONCE: usize = 256;
 /// How long `router flows` waits for a scan before it shows what is known.
 const FRESH: Duration = Duration::from_secs(1);
 /// How long the last scan of a router that stops may take.
@@ -177,6 +180,8 @@ struct Coordinator {
     to_sessions: mpsc::Sender<SessionEvent>,
     to_made: mpsc::Sender<Made>,
     leave: Leave,
+    /// Whose translation was kept last.
+    kept: Option<Tuple>,
 }
 
 /// Does a stop leave connections on the host network?
@@ -248,6 +253,7 @@ pub async fn run(parts: Parts, mut inlets: Inlets) -> anyhow::Result<()> {
         to_sessions: to_sessions.clone(),
         to_made,
         leave: if parts.settings.leave { Leave::Always } else { Leave::Never },
+        kept: None,
         parts,
     };
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
@@ -546,6 +552,22 @@ impl Coordinator {
         self.parts.lookup.look_at_interfaces().await;
         self.look_for_pods().await;
         self.look_for_workloads().await;
+        self.keep_translations().await;
+    }
+
+    /// Of some of the swapped connections, in turn: a few thousand must not hold up what is under way.
+    async fn keep_translations(&mut self) {
+        let is_translated = |flow: &&Flow| flow.translated.is_some() && flow.on_host().is_some();
+        let names = |flow: &Flow| (flow.conn, flow.tuple);
+        let some: Vec<(ConnId, Tuple)> =
+            self.ledger.flows_after(self.kept).filter(is_translated).map(names).take(KEPT_AT_ONCE).collect();
+        // At the end it begins anew.
+        self.kept = some.last().map(|(_, tuple)| *tuple).filter(|_| some.len() == KEPT_AT_ONCE);
+        for (conn, tuple) in some {
+            if !self.parts.lookup.keep_translation(tuple) {
+                self.handle(Event::TranslationLost(conn)).await;
+            }
+        }
     }
 
     async fn read_rules(&mut self, reading: Reading) {

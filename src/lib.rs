@@ -8,6 +8,7 @@ mod bytes;
 mod check;
 mod cluster;
 mod commands;
+mod conntrack;
 mod control;
 mod coordinator;
 mod encryption;

@@ -121,10 +121,10 @@ impl Coordinator {
         };
         Facts {
             flow,
-            mate: self.ledger.get(flow.tuple.reversed()),
+            mate: self.ledger.mate(flow.tuple).and_then(|mate| self.ledger.get(mate)),
             rules,
             after,
-            never_swapped: lookup.never_swapped(flow.tuple),
+            never_swapped: lookup.never_swapped(flow.ends()),
             peer_source,
             peer_is_up,
             forwarder: self.forwarder.as_ref().map(|(pid, _)| *pid),

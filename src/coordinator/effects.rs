@@ -8,7 +8,7 @@ use forwarder_api::{ConnId, Direction, Moved, Refusal, Request};
 use super::{
     Coordinator, Lines,
     host_path::{Family, HostPath},
-    ledger::Action,
+    ledger::{Action, Event},
     session,
     wire::{Message, Tuple},
 };
@@ -17,6 +17,12 @@ use crate::{forwarder::Sent, identity::Names, peers::PeerAddress};
 impl Coordinator {
     pub(super) async fn act(&mut self, action: Action) {
         match action {
+            Action::Forwarder(Request::Prepare { conn, direction: Direction::ToOverlay, .. })
+                if !self.is_translated_still(conn) =>
+            {
+                log::warn!("{conn}: it cannot go back: the translation of its addresses is lost");
+                Box::pin(self.handle(Event::Refused(conn, Refusal::NotParked))).await;
+            }
             Action::Forwarder(request) => self.ask(request, vec![]),
             Action::Move { conn, role, manner, names, with } => {
                 let fds = self.named(conn, &[names]);
@@ -95,6 +101,11 @@ impl Coordinator {
                 report_refusal(conn, self.workload(tuple), tuple, reason);
             }
         }
+    }
+
+    fn is_translated_still(&mut self, conn: ConnId) -> bool {
+        let flow = self.ledger.of(conn);
+        flow.is_none_or(|flow| self.parts.lookup.is_translated_still(flow))
     }
 
     /// Send to the forwarder. Without one, the ledger learns that it is lost, and asks again when it is back.

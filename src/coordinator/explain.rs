@@ -101,6 +101,7 @@ pub fn explain(facts: &Facts<'_>) -> Explanation {
     let flow = facts.flow;
     let mut steps = vec![seen(facts), age(facts), workload(flow)];
     steps.extend(rules(facts));
+    steps.extend(translation(flow));
     steps.push(addresses(facts));
     steps.extend(other_end(facts));
     steps.push(forwarder(facts));
@@ -205,6 +206,12 @@ fn rules(facts: &Facts<'_>) -> Vec<Step> {
     steps
 }
 
+fn translation(flow: &Flow) -> Option<Step> {
+    let name = flow.translated?;
+    let text = format!("this host translates its addresses to {} - {}", name.local, name.remote);
+    Some(Step::new("translation", Says::Note, text))
+}
+
 fn addresses(facts: &Facts<'_>) -> Step {
     match facts.never_swapped {
         Some(address) => {
@@ -249,7 +256,7 @@ fn other_end(facts: &Facts<'_>) -> Vec<Step> {
                 PeerSays::Nothing if flow.on_host().is_some() => {
                     Step::new("peer says", Says::Note, "nothing since this router was started")
                 }
-                PeerSays::Nothing => Step::of_refusal("peer says", Refusal::PeerUnknown),
+                PeerSays::Nothing => Step::of_refusal("peer says", flow.unanswered()),
             };
             vec![Step::new("other end", Says::Yes, found), reached, says]
         }
@@ -373,8 +380,8 @@ fn way_out(refusal: Refusal) -> &'static str {
         PeerSaysNo => "give the other host the same rules; `router explain` there says which rule it lacks",
         HostAddress => "nothing: connections of the host itself have no overlay to leave",
         NoPeerHost => {
-            "name the host in ROUTER_PEERS, or set OVERLAY_IF to the interface that leads there; a translated Service \
-             address cannot be swapped"
+            "name the host in ROUTER_PEERS, or set OVERLAY_IF to the interface that leads there; of a Service, see the line \
+             conntrack of `router check`"
         }
         PeerUnreachable => {
             "is a router running there, and is ROUTER_PORT open between the hosts? See `router status` at both"
@@ -416,7 +423,7 @@ fn way_out(refusal: Refusal) -> &'static str {
         NotParked => "nothing: it stays on the host network until it is closed",
         FreezeBudget => "raise FREEZE_BUDGET_MS, or lower the load: its threads could not be stopped in time",
         NotSettled => "nothing: it is tried again when less is in flight; FREEZE_BUDGET_MS allows more time",
-        NotTheSameConnection => "look for address translation between the two pods",
+        NotTheSameConnection => "look for address translation that neither host's connection tracking knows",
         HalfClosed => "nothing: it is about to end",
         UrgentData => "nothing: it is tried again when the urgent byte is read",
         TooManyUnreadBytes => "nothing: it is tried again when the application has read more",

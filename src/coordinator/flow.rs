@@ -90,7 +90,10 @@ pub struct Attempt {
 #[derive(Clone, Debug)]
 pub struct Flow {
     pub conn: ConnId,
+    /// The socket's own.
     pub tuple: Tuple,
+    /// What this host's address translation makes of it.
+    pub translated: Option<Tuple>,
     pub side: Side,
     /// An AF_INET6 socket, also where the addresses are v4-mapped.
     pub v6: bool,
@@ -149,6 +152,7 @@ pub struct Note {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct NotedEnd {
     pub tuple: Tuple,
+    pub translated: Option<Tuple>,
     pub side: Side,
     pub v6: bool,
     pub overlay_socket: SocketInode,
@@ -162,6 +166,7 @@ impl Flow {
         Flow {
             conn,
             tuple: end.tuple,
+            translated: end.translated,
             side: end.side,
             v6: end.v6,
             netns: 0,
@@ -208,11 +213,39 @@ impl Flow {
     pub fn noted(&self) -> NotedEnd {
         NotedEnd {
             tuple: self.tuple,
+            translated: self.translated,
             side: self.side,
             v6: self.v6,
             overlay_socket: self.overlay_socket,
             workload: Arc::clone(&self.workload),
             home: self.home,
+        }
+    }
+
+    /// What routers call it: the addresses that the packets between the two hosts have. Each translates on its own side of
+    /// them, and both know them.
+    pub fn name(&self) -> Tuple {
+        self.translated.unwrap_or(self.tuple)
+    }
+
+    /// This end's own address, and that of the other end as far as this host knows.
+    pub fn ends(&self) -> Tuple {
+        Tuple { local: self.tuple.local, remote: self.name().remote }
+    }
+
+    /// Does this end lead? The same answer at both.
+    pub fn decides(&self) -> bool {
+        match self.home {
+            Home::SameHost => self.ends().decides(),
+            Home::Peer(_) | Home::Nowhere(_) => self.name().decides(),
+        }
+    }
+
+    /// What it means that the peer says nothing about it. A host's own address may be that of a container there, masqueraded.
+    pub fn unanswered(&self) -> Refusal {
+        match self.home {
+            Home::Peer(peer) if peer == self.name().remote.ip() => Refusal::HostAddress,
+            Home::Peer(_) | Home::SameHost | Home::Nowhere(_) => Refusal::PeerUnknown,
         }
     }
 
@@ -244,7 +277,7 @@ impl Flow {
     /// The part that this host plays in a move of it.
     pub fn part(&self) -> Option<Part> {
         match self.home {
-            Home::Peer(_) if self.tuple.decides() => Some(Part::Decider),
+            Home::Peer(_) if self.decides() => Some(Part::Decider),
             Home::Peer(_) => Some(Part::Follower),
             Home::SameHost => Some(Part::Both),
             Home::Nowhere(_) => None,

@@ -16,6 +16,7 @@ mod wants;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    ops::Bound,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -60,6 +61,7 @@ const MAX_FLOWS: usize = 1 << 16;
 #[derive(Clone, Debug)]
 pub struct Learned {
     pub tuple: Tuple,
+    pub translated: Option<Tuple>,
     pub side: Side,
     pub v6: bool,
     pub netns: u32,
@@ -116,6 +118,8 @@ pub enum Event {
     /// From our forwarder to the one at the other end.
     ToPeer(ConnId, Vec<u8>),
     ParkedEnded(ConnId),
+    /// What the overlay made of its addresses is forgotten there.
+    TranslationLost(ConnId),
     /// The host connection could be made, or not.
     Path(ConnId, bool),
     /// The other end has been found on another host, or at another address of its host.
@@ -210,6 +214,8 @@ pub enum Action {
 pub struct Ledger {
     /// In boxes: half of the room in the nodes of a tree is empty.
     flows: BTreeMap<Tuple, Box<Flow>>,
+    /// What routers call those that this host translates.
+    translated: HashMap<Tuple, Tuple>,
     conns: HashMap<ConnId, Tuple>,
     alarms: BTreeSet<(Instant, Tuple)>,
     /// Peers that are to be reached, and whether they are.
@@ -238,6 +244,7 @@ impl Ledger {
     pub fn new(seed: u64, now: Instant) -> Ledger {
         Ledger {
             flows: BTreeMap::new(),
+            translated: HashMap::new(),
             conns: HashMap::new(),
             alarms: BTreeSet::new(),
             peers: BTreeMap::new(),
@@ -274,7 +281,7 @@ impl Ledger {
                 self.step_conn(conn, Input::Ended(outcome));
             }
             Event::ToPeer(conn, message) => self.relay(conn, message),
-            Event::ParkedEnded(conn) => self.no_way_back(conn),
+            Event::ParkedEnded(conn) | Event::TranslationLost(conn) => self.no_way_back(conn),
             Event::Path(conn, true) => self.step_conn(conn, Input::PathReady),
             Event::Path(conn, false) => self.step_conn(conn, Input::PathFailed),
             Event::Relocated(tuple, peer) => self.relocated(tuple, peer),
@@ -314,12 +321,17 @@ impl Ledger {
 
     /// Connections on the host network; one within this host counts once.
     pub fn swapped(&self) -> usize {
-        let first = |flow: &&Flow| flow.home != Home::SameHost || flow.tuple.decides();
+        let first = |flow: &&Flow| flow.home != Home::SameHost || flow.decides();
         self.flows().filter(|flow| flow.on_host().is_some()).filter(first).count()
     }
 
     pub fn flows(&self) -> impl Iterator<Item = &Flow> {
         self.flows.values().map(Box::as_ref)
+    }
+
+    pub fn flows_after(&self, tuple: Option<Tuple>) -> impl Iterator<Item = &Flow> {
+        let from = tuple.map_or(Bound::Unbounded, Bound::Excluded);
+        self.flows.range((from, Bound::Unbounded)).map(|(_, flow)| flow.as_ref())
     }
 
     pub fn views(&self) -> Vec<FlowView> {
@@ -334,9 +346,28 @@ impl Ledger {
         self.flows.get(&tuple).map(Box::as_ref)
     }
 
+    /// The connection that routers call so, seen from this end.
+    pub fn named(&self, name: Tuple) -> Option<Tuple> {
+        let is_its_own = |flow: &&Box<Flow>| flow.translated.is_none();
+        let translated = self.translated.get(&name).copied();
+        translated.or_else(|| self.flows.get(&name).filter(is_its_own).map(|flow| flow.tuple))
+    }
+
+    /// The other end of this connection, if it is here: each has the addresses that the other sees.
+    pub fn mate(&self, tuple: Tuple) -> Option<Tuple> {
+        let name = self.flows.get(&tuple)?.name();
+        let mate = self.flows.get(&name.reversed())?;
+        (mate.name() == tuple.reversed()).then_some(mate.tuple)
+    }
+
+    /// One within this host goes by the end that leads.
+    pub fn of(&self, conn: ConnId) -> Option<&Flow> {
+        self.flow(*self.conns.get(&conn)?)
+    }
+
     /// The host of this connection's other end.
     pub fn peer_of(&self, conn: ConnId) -> Option<PeerAddress> {
-        match self.flow(*self.conns.get(&conn)?)?.home {
+        match self.of(conn)?.home {
             Home::Peer(peer) => Some(peer),
             Home::SameHost | Home::Nowhere(_) => None,
         }
@@ -381,7 +412,7 @@ impl Ledger {
                 continue;
             }
             let unknown = match (flow.home, flow.peer_says) {
-                (Home::Peer(peer), PeerSays::Nothing) if self.is_up(peer) => Some(Refusal::PeerUnknown),
+                (Home::Peer(peer), PeerSays::Nothing) if self.is_up(peer) => Some(flow.unanswered()),
                 (Home::Peer(_), PeerSays::Nothing) => Some(Refusal::PeerUnreachable),
                 (Home::Nowhere(reason), _) => Some(reason),
                 (Home::Peer(_) | Home::SameHost, _) => None,

@@ -15,12 +15,13 @@ use forwarder_api::{Refusal, SocketInode, SocketRecord};
 use tokio::sync::watch;
 
 use super::{
-    flow::Home,
+    flow::{Flow, Home},
     ledger::{Learned, Stranded},
     wire::Tuple,
 };
 use crate::{
     attachment::Attachments,
+    conntrack::{Conntrack, ConntrackError},
     identity::Names,
     peers::{Facts, Interfaces, PeerAddress, Peers, Source, Whereabouts},
     process::Processes,
@@ -40,6 +41,8 @@ pub struct Lookup {
     interfaces: Interfaces,
     attachments: Attachments,
     peers: Peers,
+    /// None where the kernel has none.
+    conntrack: Option<Conntrack>,
     workloads: Workloads,
     /// Each once: a container may have thousands of connections.
     containers: HashSet<Arc<Workload>>,
@@ -88,11 +91,15 @@ impl Lookup {
     ) -> io::Result<Lookup> {
         let own_netns = std::fs::metadata("/proc/self/ns/net")?.ino() as u32;
         let in_force = InForce::new(rules.borrow().clone());
+        let warn =
+            |error: &ConntrackError| log::warn!("{error}: connections through a Service stay on the overlay");
+        let conntrack = Conntrack::open().inspect_err(warn).ok();
         Ok(Lookup {
             attachments: Attachments::new(netlink.clone()),
             netlink,
             interfaces,
             peers,
+            conntrack,
             workloads,
             containers: HashSet::new(),
             processes,
@@ -116,9 +123,9 @@ impl Lookup {
         (rules.judge(&candidate(server, client, workload)), rules.after(server, client))
     }
 
-    /// Which of its addresses keeps it on the overlay, whatever the rules say.
-    pub fn never_swapped(&self, tuple: Tuple) -> Option<IpAddr> {
-        let addresses = [tuple.local.ip(), tuple.remote.ip()];
+    /// Which of its ends' addresses keeps it on the overlay, whatever the rules say.
+    pub fn never_swapped(&self, ends: Tuple) -> Option<IpAddr> {
+        let addresses = [ends.local.ip(), ends.remote.ip()];
         addresses.into_iter().find(|address| is_never_swapped(*address, &self.interfaces.addresses))
     }
 
@@ -187,12 +194,38 @@ impl Lookup {
             return None;
         }
         let workload = self.workload(tgid)?;
-        let home = match self.home(tuple).await {
+        let translated = self.translation(tuple);
+        let remote = translated.map_or(tuple.remote, |beyond| beyond.remote);
+        let home = match self.home(Tuple { local: tuple.local, remote }).await {
             Home::Peer(_) if !self.is_attached(tgid).await => Home::Nowhere(Refusal::ForeignNamespace),
             home => home,
         };
         let declined = self.verdict(side, tuple, &workload);
-        Some(Learned { tuple, side, v6, netns, socket, workload, home, declined, seen })
+        Some(Learned { tuple, translated, side, v6, netns, socket, workload, home, declined, seen })
+    }
+
+    /// What this host's address translation makes of it, if anything is known of that.
+    fn translation(&mut self, tuple: Tuple) -> Option<Tuple> {
+        let asked = self.conntrack.as_mut()?.translation(tuple);
+        asked.unwrap_or_else(|error| {
+            log::debug!("{} - {}: {error}", tuple.local, tuple.remote);
+            None
+        })
+    }
+
+    /// Is its address still translated as it was? Otherwise its next packet on the overlay goes to somebody else.
+    pub fn is_translated_still(&mut self, flow: &Flow) -> bool {
+        flow.translated.is_none() || self.translation(flow.tuple) == flow.translated
+    }
+
+    /// No packet of a swapped connection passes the translation, which is to be there when it goes back. False: it is not
+    /// there any more.
+    pub fn keep_translation(&mut self, tuple: Tuple) -> bool {
+        let Some(conntrack) = &mut self.conntrack else { return false };
+        conntrack.keep(tuple).unwrap_or_else(|error| {
+            log::debug!("{} - {}: its translation may not last: {error}", tuple.local, tuple.remote);
+            true
+        })
     }
 
     fn workload(&mut self, tgid: u32) -> Option<Arc<Workload>> {
@@ -243,11 +276,11 @@ impl Lookup {
         }
     }
 
-    async fn home(&mut self, tuple: Tuple) -> Home {
-        if self.never_swapped(tuple).is_some() {
+    async fn home(&mut self, ends: Tuple) -> Home {
+        if self.never_swapped(ends).is_some() {
             return Home::Nowhere(Refusal::HostAddress);
         }
-        let of = tuple.remote.ip();
+        let of = ends.remote.ip();
         match self.facts(of).await.whereabouts(&self.interfaces.addresses) {
             Whereabouts::Peer(peer, source) => {
                 self.sources.insert(peer, source);

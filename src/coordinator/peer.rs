@@ -108,9 +108,10 @@ impl Coordinator {
 
     /// A peer tells of a connection. Where it speaks from another address of its host than the one at which we found it,
     /// because it has not heard as much as we have, that is where it is spoken to.
-    pub(super) async fn make_way(&mut self, peer: PeerAddress, tuple: Tuple) {
-        let Some(Home::Peer(home)) = self.ledger.flow(tuple).map(|flow| flow.home) else { return };
-        if home != peer && self.parts.lookup.makes_way(tuple.remote.ip(), home, peer).await {
+    pub(super) async fn make_way(&mut self, peer: PeerAddress, name: Tuple) {
+        let named = self.ledger.named(name).and_then(|tuple| self.ledger.flow(tuple));
+        let Some((tuple, Home::Peer(home))) = named.map(|flow| (flow.tuple, flow.home)) else { return };
+        if home != peer && self.parts.lookup.makes_way(name.remote.ip(), home, peer).await {
             self.handle(Event::Relocated(tuple, peer)).await;
         }
     }
@@ -121,9 +122,10 @@ impl Coordinator {
             return;
         }
         let waits = |flow: &&Flow| flow.lacks_a_peer();
-        let waiting: Vec<Tuple> = self.ledger.flows().filter(waits).map(|flow| flow.tuple).collect();
-        for tuple in waiting {
-            if let Some(host) = self.parts.lookup.host_of_pod(tuple.remote.ip()) {
+        let of = |flow: &Flow| (flow.tuple, flow.ends().remote.ip());
+        let waiting: Vec<(Tuple, IpAddr)> = self.ledger.flows().filter(waits).map(of).collect();
+        for (tuple, pod) in waiting {
+            if let Some(host) = self.parts.lookup.host_of_pod(pod) {
                 self.handle(Event::Relocated(tuple, host)).await;
             }
         }

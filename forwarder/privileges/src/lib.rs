@@ -34,7 +34,7 @@ pub const ROUTER: [Need; 3] = [
     essential(Capability::CAP_PERFMON, "for BPF programs that trace"),
     essential(
         Capability::CAP_NET_ADMIN,
-        "for BPF programs at cgroups, which give host sockets their overlay addresses",
+        "for BPF programs at cgroups, which give host sockets their overlay addresses, and to ask connection tracking",
     ),
 ];
 

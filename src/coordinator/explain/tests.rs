@@ -14,7 +14,8 @@ fn flow(now: Instant) -> Flow {
     let tuple = Tuple { local: "10.244.1.9:4000".parse().unwrap(), remote: "10.244.2.9:80".parse().unwrap() };
     let workload = Arc::new(Workload { name: "shop/web".into(), ..Workload::default() });
     let (home, overlay_socket) = (Home::Peer(PEER.parse().unwrap()), SocketInode(7));
-    let end = NotedEnd { tuple, side: Side::Client, v6: false, overlay_socket, workload, home };
+    let end =
+        NotedEnd { tuple, translated: None, side: Side::Client, v6: false, overlay_socket, workload, home };
     Flow { peer_says: PeerSays::Wants, ..Flow::new(ConnId(1), end, now) }
 }
 
@@ -94,4 +95,22 @@ fn every_refusal_has_a_way_out() {
     for refusal in Refusal::ALL {
         assert!(way_out(refusal).len() > 10, "{refusal:?}");
     }
+}
+
+#[test]
+fn a_translation_is_shown() {
+    let now = Instant::now();
+    let mut flow = flow(now);
+    flow.translated = Some(Tuple { remote: "10.244.2.7:8080".parse().unwrap(), ..flow.tuple });
+    let step = translation(&flow).unwrap();
+    assert!(step.because.contains("10.244.1.9:4000 - 10.244.2.7:8080"), "{step:?}");
+}
+
+#[test]
+fn a_hosts_own_address_that_its_router_says_nothing_about_is_the_hosts() {
+    let of_the_peer_itself = |flow: &mut Flow, _| {
+        flow.peer_says = PeerSays::Nothing;
+        flow.tuple.remote.set_ip(PEER.parse().unwrap());
+    };
+    check(of_the_peer_itself, "(host_address)");
 }

@@ -45,10 +45,10 @@ impl Ledger {
         }
         let conn = ConnId(self.number());
         self.conns.insert(conn, tuple);
-        let Learned { tuple, side, v6, netns, socket, workload, home, declined, seen } = learned;
-        let end = NotedEnd { tuple, side, v6, overlay_socket: socket, workload, home };
+        let Learned { tuple, translated, side, v6, netns, socket, workload, home, declined, seen } = learned;
+        let end = NotedEnd { tuple, translated, side, v6, overlay_socket: socket, workload, home };
         let flow = Flow { netns, declined, changed: seen, tried: seen, ..Flow::new(conn, end, self.now) };
-        self.flows.insert(tuple, Box::new(flow));
+        self.insert(flow);
         if let Some(reason) = declined {
             self.refuse(tuple, reason);
         }
@@ -61,6 +61,15 @@ impl Ledger {
             Home::Nowhere(reason) => self.refuse(tuple, reason),
         }
         self.consider(tuple);
+    }
+
+    /// Where two are called the same, one of them is over, and it is not this one.
+    fn insert(&mut self, flow: Flow) {
+        match flow.translated {
+            Some(name) => self.translated.insert(name, flow.tuple),
+            None => self.translated.remove(&flow.tuple),
+        };
+        self.flows.insert(flow.tuple, Box::new(flow));
     }
 
     /// Ask the peer's router about a connection, and give it time to answer.
@@ -80,19 +89,23 @@ impl Ledger {
         }
         flow.home = Home::Peer(peer);
         flow.peer_says = PeerSays::Nothing;
-        let of_another_home =
-            [Refusal::NoPeerHost, Refusal::PeerUnknown, Refusal::PeerUnreachable, Refusal::PeerGone];
+        let of_another_home = [
+            Refusal::NoPeerHost,
+            Refusal::HostAddress,
+            Refusal::PeerUnknown,
+            Refusal::PeerUnreachable,
+            Refusal::PeerGone,
+        ];
         flow.reason = flow.reason.filter(|reason| !of_another_home.contains(reason));
         self.introduce(tuple, peer);
     }
 
     /// Are both ends here?
     pub(super) fn pair(&mut self, tuple: Tuple) {
-        let Some(mate) = self.flows.get(&tuple.reversed()).filter(|mate| mate.on_host().is_none()) else {
-            return;
-        };
+        let mate = self.mate(tuple).and_then(|mate| self.flows.get(&mate));
+        let Some(mate) = mate.filter(|mate| mate.on_host().is_none()) else { return };
         let one_network = self.flows.get(&tuple).is_some_and(|flow| flow.netns == mate.netns);
-        for end in [tuple, tuple.reversed()] {
+        for end in [tuple, mate.tuple] {
             let Some(flow) = self.flows.get_mut(&end) else { continue };
             flow.home = if one_network { Home::Nowhere(Refusal::SameNetwork) } else { Home::SameHost };
             if flow.reason == Some(Refusal::NoPeerHost) {
@@ -156,13 +169,14 @@ impl Ledger {
                 };
                 self.forget(end.tuple);
                 self.conns.insert(restored.conn, end.tuple);
-                self.flows.insert(end.tuple, Box::new(flow));
+                self.insert(flow);
                 if let Home::Peer(peer) = end.home {
                     self.reach(peer);
                 }
             }
             // A connection within this host goes by its deciding end.
-            if let Some(end) = restored.note.ends.iter().find(|end| end.tuple.decides()) {
+            let decides = |end: &&NotedEnd| self.get(end.tuple).is_some_and(Flow::decides);
+            if let Some(end) = restored.note.ends.iter().find(decides) {
                 self.conns.insert(restored.conn, end.tuple);
             }
         }
@@ -175,11 +189,12 @@ impl Ledger {
             return;
         }
         let conn = ConnId(self.number());
-        let end = NotedEnd { tuple, side, v6, overlay_socket: SocketInode(0), workload, home };
+        let end =
+            NotedEnd { tuple, translated: None, side, v6, overlay_socket: SocketInode(0), workload, home };
         let on_host = OnHost { swap, moved: None, way_back: false, stalled: None };
         let flow = Flow { path: Path::Host(on_host), socket, declined, ..Flow::new(conn, end, self.now) };
         self.conns.insert(conn, tuple);
-        self.flows.insert(tuple, Box::new(flow));
+        self.insert(flow);
         if let Home::Peer(peer) = home {
             self.reach(peer);
         }
@@ -198,13 +213,19 @@ impl Ledger {
     /// Its sockets come and go, then, without the connection being over.
     pub(super) fn is_in_a_move(&self, tuple: Tuple) -> bool {
         let moves = |flow: &Flow| flow.attempt.is_some();
-        let mate = self.flows.get(&tuple.reversed()).filter(|mate| mate.home == Home::SameHost);
-        self.flows.get(&tuple).is_some_and(|flow| moves(flow)) || mate.is_some_and(|flow| moves(flow))
+        let mate = self.mate(tuple).and_then(|mate| self.get(mate));
+        let mate = mate.filter(|mate| mate.home == Home::SameHost);
+        self.get(tuple).is_some_and(moves) || mate.is_some_and(moves)
     }
 
     /// The connection is over, as far as this host can know.
     pub(super) fn forget(&mut self, tuple: Tuple) {
         let Some(flow) = self.flows.remove(&tuple) else { return };
+        if let Some(name) = flow.translated
+            && self.translated.get(&name) == Some(&tuple)
+        {
+            self.translated.remove(&name);
+        }
         if let Some(at) = flow.alarm {
             self.alarms.remove(&(at, tuple));
         }

@@ -84,7 +84,7 @@ impl Ledger {
                 let target = self.prepare_target(flow, attempt);
                 Some(Action::Forwarder(Request::Prepare { conn, direction, target }))
             }
-            Output::Offer => tell(Message::Offer { attempted, tuple, direction, cause }),
+            Output::Offer => tell(Message::Offer { attempted, tuple: flow.name(), direction, cause }),
             Output::Accept => {
                 let host = (direction == Direction::ToHost).then_some(flow.family());
                 let holder = attempt.holder.unwrap_or_default();
@@ -95,7 +95,7 @@ impl Ledger {
             Output::CancelPeer(reason) => tell(Message::Cancel { attempted, reason }),
             Output::Connect => match (peer, attempt.rendezvous) {
                 (None, _) => {
-                    let mate = self.flows.get(&tuple.reversed());
+                    let mate = self.mate(tuple).and_then(|mate| self.get(mate));
                     let v6 = [flow.v6, mate.is_some_and(|mate| mate.v6)];
                     Some(Action::ConnectLocal { conn, v6 })
                 }
@@ -114,7 +114,7 @@ impl Ledger {
                 Some(Action::Move { conn, role, manner, names: names(tuple), with })
             }
             Output::MoveLocal => {
-                let names = [names(tuple), names(tuple.reversed())];
+                let names = [names(tuple), names(flow.name().reversed())];
                 Some(Action::MoveLocal { conn, names, alone: flow.failures > 0 })
             }
             Output::CancelForwarder(reason) => {
@@ -129,9 +129,9 @@ impl Ledger {
         if attempt.negotiation.direction == Direction::ToOverlay {
             return PrepareTarget::Parked;
         }
-        let mate = self.flows.get(&flow.tuple.reversed());
+        let mate = self.mate(flow.tuple).and_then(|mate| self.get(mate));
         let mate = mate.filter(|_| attempt.negotiation.part == Part::Both);
-        let ends = [Some(flow), mate.map(Box::as_ref)].into_iter().flatten().map(Flow::noted).collect();
+        let ends = [Some(flow), mate].into_iter().flatten().map(Flow::noted).collect();
         let note = postcard::to_stdvec(&Note { swap: attempt.number, ends }).unwrap_or_default();
         match mate {
             None => PrepareTarget::Remote { socket: flow.socket, note },
@@ -146,6 +146,7 @@ impl Ledger {
         let Negotiation { part, direction, .. } = attempt.negotiation;
         self.attempts -= usize::from(part != Part::Follower);
         let conn = flow.conn;
+        let mate = self.mate(tuple).filter(|_| part == Part::Both);
         self.clear_alarm(tuple);
         self.act(Action::Report { conn, tuple, direction, result: result.clone() });
         match result {
@@ -154,12 +155,11 @@ impl Ledger {
                     Direction::ToHost => self.tally.swaps += 1,
                     Direction::ToOverlay => self.tally.swap_backs += 1,
                 }
-                let ends = if part == Part::Both { vec![tuple, tuple.reversed()] } else { vec![tuple] };
-                for (index, end) in ends.into_iter().enumerate() {
+                for (index, end) in [tuple].into_iter().chain(mate).enumerate() {
                     self.arrived(end, conn, index, &attempt, &moved);
                 }
             }
-            Err(reason) => self.not_moved(tuple, &attempt, reason),
+            Err(reason) => self.not_moved(tuple, mate, &attempt, reason),
         }
         self.next_in_line();
     }
@@ -239,24 +239,19 @@ impl Ledger {
         self.consider(tuple);
     }
 
-    pub(super) fn not_moved(&mut self, tuple: Tuple, attempt: &Attempt, reason: Refusal) {
+    /// `mate`: the other end, if it is here.
+    fn not_moved(&mut self, tuple: Tuple, mate: Option<Tuple>, attempt: &Attempt, reason: Refusal) {
         // It is reported with the attempt.
         self.note_refusal(tuple, reason);
         if reason == Refusal::NotEstablished {
-            if attempt.negotiation.part == Part::Both {
-                self.forget(tuple.reversed());
-            }
-            return self.forget(tuple);
+            return [tuple].into_iter().chain(mate).for_each(|end| self.forget(end));
         }
         if reason == Refusal::NotParked
             && let Some(conn) = self.flows.get(&tuple).map(|flow| flow.conn)
         {
             self.no_way_back(conn);
         }
-        let mate = tuple.reversed();
-        if attempt.negotiation.part == Part::Both
-            && let Some(mate) = self.flows.get_mut(&mate)
-        {
+        if let Some(mate) = mate.and_then(|mate| self.flows.get_mut(&mate)) {
             mate.reason = Some(reason);
         }
         let Some(flow) = self.flows.get_mut(&tuple) else { return };
@@ -276,9 +271,10 @@ impl Ledger {
         }
         // The other router has not heard of a refusal before the offer.
         let unheard = attempt.negotiation.part == Part::Decider && !reason.is_passing();
-        if unheard && let Some(Home::Peer(peer)) = self.flows.get(&tuple).map(|flow| flow.home) {
+        let heard = self.flows.get(&tuple).map(|flow| (flow.home, flow.name()));
+        if unheard && let Some((Home::Peer(peer), name)) = heard {
             let declined = Some(reason);
-            self.act(Action::Tell(peer, Message::Know { tuple, declined, answer: true }));
+            self.act(Action::Tell(peer, Message::Know { tuple: name, declined, answer: true }));
         }
     }
 
@@ -292,7 +288,7 @@ impl Ledger {
     }
 
     pub(super) fn order_failed(&mut self, tuple: Tuple, reason: Refusal) {
-        for end in [tuple, tuple.reversed()] {
+        for end in [Some(tuple), self.mate(tuple)].into_iter().flatten() {
             let Some(flow) = self.flows.get_mut(&end) else { continue };
             if end != tuple && flow.home != Home::SameHost {
                 continue;

@@ -62,7 +62,7 @@ impl Ledger {
     pub(super) fn tell_know(&mut self, tuple: Tuple, answer: bool) {
         let Some(flow) = self.flows.get(&tuple) else { return };
         if let Home::Peer(peer) = flow.home {
-            let declined = flow.declined;
+            let (tuple, declined) = (flow.name(), flow.declined);
             self.act(Action::Tell(peer, Message::Know { tuple, declined, answer }));
         }
     }
@@ -80,19 +80,26 @@ impl Ledger {
             Some(Home::Nowhere(_)) | None => self.known_as(node),
         };
         match message {
-            Message::Know { tuple, declined, answer } => {
-                self.peer_knows(peer, tuple.reversed(), declined, answer);
+            Message::Know { declined, answer, .. } => {
+                if let Some(tuple) = about {
+                    self.peer_knows(peer, tuple, declined, answer);
+                }
             }
-            Message::Ask { tuple, direction, cause } => {
-                let tuple = tuple.reversed();
-                if self.is_with(peer, tuple) && tuple.decides() {
+            Message::Ask { direction, cause, .. } => {
+                if let Some(tuple) = about
+                    && self.leads_with(peer, tuple)
+                {
                     let time = if cause == Cause::HostPath { PURSUIT } else { ORDER };
                     self.order(tuple, direction, cause, time);
                 }
             }
-            Message::Offer { attempted, tuple, direction, cause } => {
-                self.offered(peer, attempted, tuple.reversed(), direction, cause);
-            }
+            Message::Offer { attempted, direction, cause, .. } => match about {
+                Some(tuple) => self.offered(peer, attempted, tuple, direction, cause),
+                None => {
+                    let reason = Refusal::PeerUnknown;
+                    self.act(Action::Tell(peer, Message::Refuse { attempted, reason }));
+                }
+            },
             Message::Refuse { attempted, reason } => {
                 self.step_peer(peer, attempted, Input::PeerRefuses(reason));
             }
@@ -123,7 +130,7 @@ impl Ledger {
     fn about(&self, message: &Message) -> Option<Tuple> {
         match message {
             Message::Know { tuple, .. } | Message::Ask { tuple, .. } | Message::Offer { tuple, .. } => {
-                Some(tuple.reversed())
+                self.named(tuple.reversed())
             }
             Message::Refuse { attempted, .. }
             | Message::Accept { attempted, .. }
@@ -156,8 +163,8 @@ impl Ledger {
         flow.attempt.as_mut().filter(|attempt| attempt.number == attempted.number)
     }
 
-    pub(super) fn is_with(&self, peer: PeerAddress, tuple: Tuple) -> bool {
-        self.flows.get(&tuple).is_some_and(|flow| flow.home == Home::Peer(peer))
+    fn leads_with(&self, peer: PeerAddress, tuple: Tuple) -> bool {
+        self.get(tuple).is_some_and(|flow| flow.home == Home::Peer(peer) && flow.decides())
     }
 
     pub(super) fn peer_knows(
@@ -177,6 +184,7 @@ impl Ledger {
             None => {
                 flow.peer_says = PeerSays::Wants;
                 let of_peer = [
+                    Refusal::HostAddress,
                     Refusal::PeerUnknown,
                     Refusal::PeerUnreachable,
                     Refusal::PeerGone,
@@ -234,7 +242,7 @@ impl Ledger {
         if flow.attempt.is_some() || named_elsewhere {
             return Err(Refusal::HolderBusy);
         }
-        if tuple.decides() || flow.has_arrived(direction) {
+        if flow.decides() || flow.has_arrived(direction) {
             return Err(Refusal::PeerUnknown);
         }
         if !self.forwarder_is_up {

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Two ledgers that speak to each other, with forwarders and a network that do as they are told.
 
-use std::collections::{HashSet, VecDeque};
+use std::{
+    collections::{HashSet, VecDeque},
+    net::SocketAddr,
+};
 
 use super::*;
 use crate::coordinator::{
@@ -34,6 +37,8 @@ struct World {
     answers: Vec<(usize, Result<u64, Refusal>)>,
     released: [HashSet<ConnId>; 2],
     said: Vec<Message>,
+    /// What each host's sockets were made to look like.
+    names: [Vec<Tuple>; 2],
     sockets: u64,
 }
 
@@ -50,6 +55,7 @@ impl World {
             answers: Vec::new(),
             released: Default::default(),
             said: Vec::new(),
+            names: Default::default(),
             sockets: 1000,
         };
         world.at(0, Event::ForwarderUp);
@@ -101,13 +107,16 @@ impl World {
                 self.queue.push_back((host, Event::Path(conn, true)));
             }
             Action::ConnectLocal { conn, .. } => self.queue.push_back((host, Event::Path(conn, true))),
-            Action::Move { conn, .. } => {
+            Action::Move { conn, names, .. } => {
+                self.names[host].push(Tuple { local: names.local, remote: names.remote });
                 self.moving[host].insert(conn);
                 if self.moving[other].contains(&conn) && !self.moves_wait {
                     self.end_move(conn);
                 }
             }
-            Action::MoveLocal { conn, .. } => {
+            Action::MoveLocal { conn, names, .. } => {
+                let tuples = names.map(|names| Tuple { local: names.local, remote: names.remote });
+                self.names[host].extend(tuples);
                 let outcome = Outcome::Moved(self.moved(2));
                 self.queue.push_back((host, Event::Ended(conn, outcome)));
             }
@@ -140,6 +149,7 @@ impl World {
     fn learned(&self, tuple: Tuple, home: Home, declined: Option<Refusal>) -> Event {
         Event::Learned(Learned {
             tuple,
+            translated: None,
             side: Side::Client,
             v6: false,
             netns: u32::from(tuple.local.port()),
@@ -149,6 +159,14 @@ impl World {
             declined,
             seen: self.now,
         })
+    }
+
+    /// Whose address this host translates to what `name` says.
+    fn learned_as(&self, tuple: Tuple, name: Tuple, home: Home) -> Event {
+        match self.learned(tuple, home, None) {
+            Event::Learned(learned) => Event::Learned(Learned { translated: Some(name), ..learned }),
+            other => other,
+        }
     }
 
     fn learn(&mut self, host: usize, declined: Option<Refusal>) {
@@ -455,6 +473,141 @@ fn both_ends_on_one_host_are_swapped_together() {
     world.at(0, Event::Order(tuple().reversed(), Direction::ToOverlay));
     assert!(world.ledgers[0].views().iter().all(|view| view.path == Shown::Overlay));
     assert!(world.answers.contains(&(0, Ok(0))), "{:?}", world.answers);
+}
+
+/// A connection to a Service that host 0 translates, as its socket has it.
+fn to_service() -> Tuple {
+    Tuple { local: "10.244.1.99:40001".parse().unwrap(), remote: "10.96.0.1:80".parse().unwrap() }
+}
+
+fn swapped_through_a_service() -> World {
+    let mut world = World::new();
+    world.at(0, world.learned_as(to_service(), tuple(), Home::Peer(THERE)));
+    world.learn(1, None);
+    world.expect_all(Shown::Host);
+    world
+}
+
+#[test]
+fn a_connection_whose_ends_know_other_addresses_is_swapped_and_each_keeps_its_own() {
+    for first in [0, 1] {
+        let mut world = World::new();
+        for host in [first, 1 - first] {
+            match host {
+                0 => world.at(0, world.learned_as(to_service(), tuple(), Home::Peer(THERE))),
+                _ => world.learn(1, None),
+            }
+        }
+        world.expect_all(Shown::Host);
+        let views = [world.view(0), world.view(1)].map(|view| (view.local, view.remote));
+        let (own, other) = (to_service(), tuple().reversed());
+        assert_eq!(views, [(own.local, own.remote), (other.local, other.remote)]);
+        assert_eq!(world.names[0], [to_service()]);
+        assert_eq!(world.names[1], [tuple().reversed()]);
+    }
+}
+
+#[test]
+fn either_end_of_a_translated_connection_can_order_it_to_and_fro() {
+    for (host, own) in [(0, to_service()), (1, tuple().reversed())] {
+        let mut world = swapped_through_a_service();
+        world.at(host, Event::Order(own, Direction::ToOverlay));
+        world.expect_all(Shown::Overlay);
+        world.at(host, Event::Order(own, Direction::ToHost));
+        world.expect_all(Shown::Host);
+    }
+}
+
+#[test]
+fn a_peer_may_not_call_a_translated_connection_by_its_socket() {
+    let mut world = World::new();
+    world.at(0, world.learned_as(to_service(), tuple(), Home::Peer(THERE)));
+    let know = Message::Know { tuple: to_service().reversed(), declined: None, answer: true };
+    world.at(0, Event::Peer(Node::uncertified(THERE), know));
+    world.wait(Duration::from_secs(2));
+    assert_eq!(world.view(0).reason.as_deref(), Some("peer_unknown"));
+}
+
+#[test]
+fn of_two_connections_that_are_called_the_same_the_later_is_meant() {
+    let mut world = World::new();
+    let elsewhere = "10.244.1.98:40002".parse().unwrap();
+    let earlier = Tuple { local: elsewhere, ..to_service() };
+    world.at(0, world.learned_as(earlier, tuple(), Home::Peer(THERE)));
+    world.at(0, world.learned_as(to_service(), tuple(), Home::Peer(THERE)));
+    assert_eq!(world.ledgers[0].named(tuple()), Some(to_service()));
+    world.at(0, world.learned(tuple(), Home::Peer(THERE), None));
+    assert_eq!(world.ledgers[0].named(tuple()), Some(tuple()));
+}
+
+#[test]
+fn a_masqueraded_client_is_believed_to_be_one_when_its_router_says_so() {
+    let masqueraded = Tuple { local: SocketAddr::new(HERE, 61_000), ..tuple() };
+    let mut world = World::new();
+    world.at(1, world.learned(masqueraded.reversed(), Home::Peer(HERE), None));
+    world.wait(Duration::from_secs(2));
+    assert_eq!(world.view(1).reason.as_deref(), Some("host_address"));
+    world.at(0, world.learned_as(to_service(), masqueraded, Home::Peer(THERE)));
+    world.expect_all(Shown::Host);
+}
+
+#[test]
+fn both_ends_of_a_translated_connection_within_one_host_are_swapped_together() {
+    let server: SocketAddr = "10.244.1.10:8080".parse().unwrap();
+    let seen: SocketAddr = "10.244.1.1:61000".parse().unwrap();
+    // Whichever address is the smaller.
+    for client in ["10.244.1.9:40000", "10.244.1.11:40000"] {
+        let client = Tuple { local: client.parse().unwrap(), ..to_service() };
+        let of_server = Tuple { local: server, remote: seen };
+        let nowhere = Home::Nowhere(Refusal::NoPeerHost);
+        let mut world = World::new();
+        world.at(0, world.learned_as(client, of_server.reversed(), nowhere));
+        world.at(0, world.learned_as(of_server, client.reversed(), nowhere));
+        let views = world.ledgers[0].views();
+        assert!(views.iter().all(|view| view.path == Shown::Host && view.conn == views[0].conn), "{views:?}");
+        assert_eq!(world.ledgers[0].swapped(), 1);
+        let ends: HashSet<Tuple> = world.names[0].iter().copied().collect();
+        assert_eq!(ends, HashSet::from([client, of_server]));
+        world.at(0, Event::Order(of_server, Direction::ToOverlay));
+        world.at(0, Event::Order(client, Direction::ToHost));
+        assert!(world.ledgers[0].views().iter().all(|view| view.path == Shown::Host));
+        let flows: Vec<Flow> = world.ledgers[0].flows().cloned().collect();
+        world.ledgers[0] = Ledger::new(3, world.now);
+        let leads_first = |flow: &&Flow| !flow.decides();
+        let mut ends: Vec<&Flow> = flows.iter().collect();
+        ends.sort_by_key(leads_first);
+        let restored = Restored {
+            conn: flows[0].conn,
+            sockets: ends.iter().map(|flow| flow.socket).collect(),
+            note: Note { swap: 9, ends: ends.iter().map(|flow| flow.noted()).collect() },
+            moved: Moved::default(),
+        };
+        world.at(0, Event::Parked(vec![restored]));
+        world.at(0, Event::ForwarderUp);
+        world.at(0, Event::Order(client, Direction::ToOverlay));
+        assert!(world.ledgers[0].views().iter().all(|view| view.path == Shown::Overlay));
+    }
+}
+
+#[test]
+fn a_translation_that_is_lost_leaves_no_way_back() {
+    let mut world = swapped_through_a_service();
+    let conn = world.ledgers[0].flows().next().unwrap().conn;
+    world.at(0, Event::TranslationLost(conn));
+    assert_eq!(world.view(0).way_back, Some(false));
+}
+
+#[test]
+fn a_restarted_router_knows_what_is_translated() {
+    let mut world = swapped_through_a_service();
+    let flow = world.ledgers[0].flows().next().unwrap().clone();
+    let note = Note { swap: 9, ends: vec![flow.noted()] };
+    let restored = Restored { conn: flow.conn, sockets: vec![flow.socket], note, moved: Moved::default() };
+    world.ledgers[0] = Ledger::new(3, world.now);
+    world.at(0, Event::Parked(vec![restored]));
+    world.at(0, Event::ForwarderUp);
+    world.at(1, Event::Order(tuple().reversed(), Direction::ToOverlay));
+    world.expect_all(Shown::Overlay);
 }
 
 fn expect_an_order_to_fail(mut world: World, tuple: Tuple, direction: Direction) {

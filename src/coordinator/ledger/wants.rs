@@ -83,7 +83,7 @@ impl Ledger {
     /// While stopping, all go back.
     pub(super) fn order_back(&mut self, tuple: Tuple) {
         let Some(stopping) = self.stopping.filter(|stopping| !stopping.leave) else { return };
-        let mate_leads = |flow: &Flow| flow.home == Home::SameHost && !flow.tuple.decides();
+        let mate_leads = |flow: &Flow| flow.home == Home::SameHost && !flow.decides();
         if self.flows.get(&tuple).is_some_and(|flow| flow.on_host().is_some() && !mate_leads(flow)) {
             let time = stopping.until.saturating_duration_since(self.now);
             self.order(tuple, Direction::ToOverlay, Cause::Stop, time);
@@ -120,16 +120,18 @@ impl Ledger {
             self.order_done(tuple);
             return self.consider(tuple);
         }
-        if home == Home::SameHost && !tuple.decides() {
+        let (name, decides) = (flow.name(), flow.decides());
+        if home == Home::SameHost && !decides {
             // The deciding end leads; an order goes there.
+            let Some(mate) = self.mate(tuple) else { return };
             if order.is_some()
-                && let Some(mate) = self.flows.get_mut(&tuple.reversed())
+                && let Some(mate) = self.flows.get_mut(&mate)
                 && mate.order.is_none()
             {
                 mate.order = order;
                 mate.failures = 0;
             }
-            return self.consider(tuple.reversed());
+            return self.consider(mate);
         }
         let (direction, cause) = match order {
             // Whoever wants it back: where the host path has failed, there is one way only.
@@ -154,7 +156,7 @@ impl Ledger {
                 self.order_failed(tuple, Refusal::PeerUnreachable);
             }
             (Home::Peer(peer), Some(Part::Follower)) => {
-                self.act(Action::Tell(peer, Message::Ask { tuple, direction, cause }));
+                self.act(Action::Tell(peer, Message::Ask { tuple: name, direction, cause }));
                 self.set_alarm(tuple, self.now + ASK_AGAIN);
             }
             (_, Some(_)) if self.attempts >= MAX_ATTEMPTS => self.wait_in_line(tuple),
@@ -177,8 +179,8 @@ impl Ledger {
     /// Do rules, peer and history say that it is to be swapped now?
     pub(super) fn wants_swap(&self, flow: &Flow) -> bool {
         let agreed = match flow.home {
-            Home::Peer(_) => flow.tuple.decides() && flow.peer_says == PeerSays::Wants,
-            Home::SameHost => self.flows.get(&flow.tuple.reversed()).is_some_and(|mate| {
+            Home::Peer(_) => flow.decides() && flow.peer_says == PeerSays::Wants,
+            Home::SameHost => self.mate(flow.tuple).and_then(|mate| self.get(mate)).is_some_and(|mate| {
                 mate.declined.is_none() && mate.attempt.is_none() && !mate.held && mate.on_host().is_none()
             }),
             Home::Nowhere(_) => false,

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Whatever addresses a connection has, the programs see the same ones all the time.
 
-use anyhow::{Result, ensure};
-use lab::{DEADLINE, Family, Flow, Host, wait_for};
+use std::process::Command;
 
-use crate::matrix::{Case, Connection, Group, Row, new_port, scene};
+use anyhow::{Context, Result, ensure};
+use lab::{DEADLINE, Family, Flow, Host, Pod, wait_for};
+
+use crate::matrix::{Case, Connection, Group, new_port, scene};
 
 const ADDRESSES: Group = Group("Addresses");
 
@@ -84,48 +86,183 @@ fn an_address_is_free_when_its_connection_has_ended() -> Result<()> {
     row.is_kept()
 }
 
-/// A rule in the client's host, for a connection to this service address.
-fn check_translated(row: &Row, rules: &str, service: Option<&str>, expected: &str) -> Result<()> {
-    let (scene, port) = (scene()?, new_port());
-    let host = &scene.lab.h1;
-    let rules = rules.replace("PORT", &port.to_string()).replace("SERVER", &scene.server.v4.to_string());
-    host.place().run_script(&["nft", "-f", "-"], &rules)?;
-    let started = match service {
-        None => Connection::start_on(port, scene.client.place(), &scene.server, &"pings".into()),
-        Some(service) => {
-            let mut case = Case::from("pings");
-            case.connect_to = Some(format!("{service}:{port}"));
-            Connection::start_on(port, scene.client.place(), &scene.server, &case)
-        }
-    };
-    let checked = started.and_then(|mut connection| {
-        connection.begin()?;
-        let refused = host.wait_until_refused(port).and_then(|reason| {
-            ensure!(reason == expected, "refused with {reason}, {expected} expected");
-            Ok(())
+/// How a connection is translated on the way. PORT and SERVER stand for those of the connection.
+struct Translation {
+    family: Family,
+    /// nftables' chains in the client's host.
+    chains: &'static str,
+    /// What the client connects to, if not the server.
+    service: Option<&'static str>,
+}
+
+const SERVICE: &str = "10.244.99.10";
+const TO_SERVER: &str = "chain to { type nat hook prerouting priority -100\n\
+                         ip daddr 10.244.99.10 tcp dport PORT dnat to SERVER:PORT\n}\n";
+const MASQUERADED_TO_SERVER: &str = "chain to { type nat hook prerouting priority -100\n\
+                                     ip daddr 10.244.99.10 tcp dport PORT dnat to SERVER:PORT\n}\n\
+                                     chain from { type nat hook postrouting priority 100\n\
+                                     tcp dport PORT masquerade\n}\n";
+
+impl Translation {
+    fn of_v4(chains: &'static str, service: Option<&'static str>) -> Translation {
+        Translation { family: Family::V4, chains, service }
+    }
+
+    /// Runs `check` with a connection of this behaviour between the client and `server`.
+    fn with(
+        &self,
+        server: &Pod,
+        behaviour: &'static str,
+        check: impl FnOnce(&Connection) -> Result<()>,
+    ) -> Result<()> {
+        let (scene, port) = (scene()?, new_port());
+        let (host, address) = (scene.lab.h1.place(), server.address(self.family, port));
+        let family = if address.is_ipv6() { "ip6" } else { "ip" };
+        let to = address.to_string();
+        let chains = self.chains.replace("SERVER:PORT", &to).replace("PORT", &port.to_string());
+        host.run_script(&["nft", "-f", "-"], &format!("table {family} translated {{\n{chains}}}\n"))?;
+        let connect_to = self.service.map(|service| format!("{service}:{port}"));
+        let case = Case { family: self.family, connect_to, ..Case::from(behaviour) };
+        let started = Connection::start_on(port, scene.client.place(), server, &case);
+        let checked = started.and_then(|mut connection| {
+            connection.begin()?;
+            let checked = check(&connection);
+            connection.leave_after(checked)
         });
-        connection.leave_after(refused)
-    });
-    host.place().run_script(&["nft", "-f", "-"], "delete table ip translated\n")?;
-    checked?;
-    row.is_refused(expected)
+        host.run_script(&["nft", "-f", "-"], &format!("delete table {family} translated\n"))?;
+        checked
+    }
+
+    /// Moves between two hosts; each program sees its own addresses, all the time and of whichever path.
+    fn is_kept(&self) -> Result<()> {
+        for behaviour in ["options-unset", "pings"] {
+            self.with(&scene()?.server, behaviour, |connection| {
+                ["host", "overlay", "host", "overlay", "host"]
+                    .into_iter()
+                    .try_for_each(|path| connection.move_to(path))
+            })?;
+        }
+        Ok(())
+    }
 }
 
 #[test]
-fn a_connection_to_a_service_address_stays() -> Result<()> {
+fn a_connection_to_a_service_address_keeps_it() -> Result<()> {
     let row =
         ADDRESSES.row("DNAT", "nftables in the client's host makes the server's address of a Service's");
-    let rules = "table ip translated { chain nat { type nat hook prerouting priority -100\n\
-                 ip daddr 10.244.99.10 tcp dport PORT dnat to SERVER:PORT\n}\n}\n";
-    check_translated(&row, rules, Some("10.244.99.10"), "no_peer_host")
+    Translation::of_v4(TO_SERVER, Some(SERVICE)).is_kept()?;
+    row.is_kept()
 }
 
 #[test]
-fn a_connection_with_a_translated_source_stays() -> Result<()> {
+fn an_ipv6_connection_to_a_service_address_keeps_it() -> Result<()> {
+    let row = ADDRESSES.row("DNAT, IPv6", "likewise");
+    let chains = "chain to { type nat hook prerouting priority -100\n\
+                  ip6 daddr fd00:10:244:99::10 tcp dport PORT dnat to SERVER:PORT\n}\n";
+    Translation { family: Family::V6, chains, service: Some("[fd00:10:244:99::10]") }.is_kept()?;
+    row.is_kept()
+}
+
+#[test]
+fn a_connection_with_a_translated_source_keeps_its_addresses() -> Result<()> {
     let row = ADDRESSES.row("SNAT", "nftables in the client's host changes the client's address");
-    let rules = "table ip translated { chain nat { type nat hook postrouting priority 100\n\
-                 tcp dport PORT snat to 10.244.1.77\n}\n}\n";
-    check_translated(&row, rules, None, "peer_unknown")
+    let chains = "chain from { type nat hook postrouting priority 100\n\
+                  tcp dport PORT snat to 10.244.1.77\n}\n";
+    Translation::of_v4(chains, None).is_kept()?;
+    row.is_kept()
+}
+
+#[test]
+fn a_connection_to_a_service_address_from_a_masqueraded_client_keeps_its_addresses() -> Result<()> {
+    let row = ADDRESSES.row(
+        "DNAT and masquerade",
+        "nftables in the client's host; the server sees the overlay address of the client's host",
+    );
+    Translation::of_v4(MASQUERADED_TO_SERVER, Some(SERVICE)).is_kept()?;
+    row.is_kept()
+}
+
+#[test]
+fn a_connection_to_a_service_of_its_own_host_keeps_its_addresses() -> Result<()> {
+    let row = ADDRESSES.row(
+        "DNAT and masquerade within one host",
+        "the server is another pod of the client's host, and sees the address of the host's bridge",
+    );
+    let host = &scene()?.lab.h1;
+    let server = host.pod("served")?;
+    let is_on = |port, path: &str| {
+        wait_for(&format!("both ends on {path}"), DEADLINE, || {
+            let flows = flows_of(host, port)?;
+            Ok((flows.len() == 2 && flows.iter().all(|flow| flow.path == path)).then_some(()))
+        })
+    };
+    for behaviour in ["options-unset", "pings"] {
+        Translation::of_v4(MASQUERADED_TO_SERVER, Some(SERVICE)).with(&server, behaviour, |connection| {
+            ["host", "overlay", "host", "overlay", "host"].into_iter().try_for_each(|path| {
+                host.move_to(connection.port, path)?;
+                is_on(connection.port, path)
+            })
+        })?;
+    }
+    row.is_kept()
+}
+
+fn conntrack(action: &str, port: u16) -> Command {
+    let mut command = Command::new("conntrack");
+    command.args([action, "-p", "tcp", "--orig-port-dst", &port.to_string()]);
+    command
+}
+
+/// What connection tracking says of this port, in the client's host.
+fn tracked(port: u16) -> Result<String> {
+    scene()?.lab.h1.place().run(&mut conntrack("-L", port))
+}
+
+#[test]
+fn a_translation_lasts_while_no_packet_passes_it() -> Result<()> {
+    let row = ADDRESSES.row(
+        "a translation that would be forgotten",
+        "connection tracking keeps what is idle for 10 minutes; on the host network, it is made to keep it for days",
+    );
+    let host = scene()?.lab.h1.place();
+    let set = |seconds: u32| {
+        let file = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established";
+        host.run_script(&["sh", "-e"], &format!("echo {seconds} >{file}\n"))
+    };
+    set(600)?;
+    let checked =
+        Translation::of_v4(TO_SERVER, Some(SERVICE)).with(&scene()?.server, "pings", |connection| {
+            connection.move_to("host")?;
+            wait_for("a translation that is kept for a day", DEADLINE, || {
+                let tracked = tracked(connection.port)?;
+                let seconds = tracked.split_whitespace().nth(2).and_then(|word| word.parse::<u32>().ok());
+                Ok(seconds.is_some_and(|seconds| seconds > 24 * 3600).then_some(()))
+            })?;
+            connection.move_to("overlay")
+        });
+    set(432_000)?;
+    checked?;
+    row.is_kept()
+}
+
+#[test]
+fn a_connection_whose_translation_is_lost_stays_on_the_host_network() -> Result<()> {
+    let row = ADDRESSES.row(
+        "a translation that is lost",
+        "the entry of connection tracking is deleted while the connection is on the host network, and it shall go back",
+    );
+    let host = &scene()?.lab.h1;
+    Translation::of_v4(TO_SERVER, Some(SERVICE)).with(&scene()?.server, "pings", |connection| {
+        connection.move_to("host")?;
+        host.place().run(&mut conntrack("-D", connection.port))?;
+        let flow = connection.flow()?;
+        let refused = host.swap_back(&flow.conn.context("a connection without a name")?);
+        ensure!(refused.is_err_and(|error| format!("{error:#}").contains("not_parked")), "it went back");
+        host.wait_for_flow(connection.port, "without a way back", |flow| flow.way_back == Some(false))?;
+        ensure!(connection.flow()?.on_host(), "it is not on the host network");
+        Ok(())
+    })?;
+    row.is_refused("not_parked")
 }
 
 #[test]
