@@ -25,8 +25,10 @@ for name in "${targets[@]}"; do
     echo "fuzz: $name"
     # The targets after one that breaks have something to say as well.
     fuzz run "$name" "$work/corpus/$name" -- -max_total_time=$((minutes * 60 / ${#targets[@]})) -max_len=65536 \
-        -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 -verbosity=0 -artifact_prefix="$work/broken/$name/" ||
+        -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 -print_funcs=0 -verbosity=0 -artifact_prefix="$work/broken/$name/" ||
         broken+=("$name")
 done
+# cargo-fuzz makes these whether or not they are used.
+find test/fuzz/artifacts -type d -empty -delete
 ((${#broken[@]} == 0)) || { echo "error: broken: ${broken[*]}; with what: $work/broken" >&2; exit 1; }
 echo "fuzz: nothing found in $minutes minutes"
