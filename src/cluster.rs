@@ -17,7 +17,7 @@ use std::{
 use clap::{Args, ValueEnum};
 use kube::{
     Client, Config,
-    config::{InClusterError, KubeConfigOptions, Kubeconfig, KubeconfigError},
+    config::{AuthInfo, InClusterError, KubeConfigOptions, Kubeconfig, KubeconfigError},
 };
 use tokio::sync::{mpsc, oneshot};
 
@@ -78,6 +78,11 @@ enum Way<'a> {
 pub enum ClusterError {
     #[error("KUBECONFIG={path}: {source}; give the path of a kubeconfig that `kubectl --kubeconfig` takes", path = path.display())]
     Kubeconfig { path: PathBuf, source: KubeconfigError },
+    #[error(
+        "KUBECONFIG={path}: its user authenticates by the program {program}, and the router starts none; give a kubeconfig \
+         with a token, a token file or a client certificate", path = path.display()
+    )]
+    Program { path: PathBuf, program: String },
     #[error("the service account cannot be used: {0}; give --kubeconfig, or --kubernetes off")]
     ServiceAccount(InClusterError),
     #[error(
@@ -154,7 +159,17 @@ impl ClusterSettings {
 async fn from_file(path: &Path) -> Result<Config, ClusterError> {
     let wrong = |source| ClusterError::Kubeconfig { path: path.to_owned(), source };
     let file = Kubeconfig::read_from(path).map_err(wrong)?;
-    Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.map_err(wrong)
+    let config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.map_err(wrong)?;
+    match program(&config.auth_info) {
+        Some(program) => Err(ClusterError::Program { path: path.to_owned(), program }),
+        None => Ok(config),
+    }
+}
+
+/// What would be started for credentials. The filter of system calls kills whoever starts a program.
+fn program(user: &AuthInfo) -> Option<String> {
+    let plugin = user.exec.as_ref().map(|exec| exec.command.clone().unwrap_or_default());
+    plugin.or_else(|| user.auth_provider.as_ref()?.config.get("cmd-path").cloned())
 }
 
 /// The watches, which run as long as the process.
@@ -218,5 +233,20 @@ mod tests {
         check(Mode::Auto, "/etc/kubeconfig", true, Some(file));
         check(Mode::On, "/etc/kubeconfig", false, Some(file));
         check(Mode::Off, "/etc/kubeconfig", true, None);
+    }
+
+    #[test]
+    fn a_program_that_would_be_started_for_credentials_is_noticed() {
+        for (user, expected) in [
+            ("{ exec: { command: aws } }", Some("aws")),
+            (
+                "{ auth-provider: { name: gcp, config: { cmd-path: /usr/bin/gcloud } } }",
+                Some("/usr/bin/gcloud"),
+            ),
+            ("{ tokenFile: /var/run/token }", None),
+        ] {
+            let user = serde_yaml::from_str(user).unwrap();
+            assert_eq!(program(&user).as_deref(), expected);
+        }
     }
 }

@@ -111,7 +111,9 @@ fn start<F: Future<Output = Result<()>>>(settings: Settings, what: impl FnOnce(S
     // Before the first thread, which inherits it, and before anything of the network is read.
     privileges::keep_only(&privileges::ROUTER)?;
     seccomp::confine(settings.confinement.seccomp)?;
-    let _log = logging::start(settings.log_level, settings.log_format, &["netlink"]);
+    // Of an API server that is away `cluster::Reach` tells, once.
+    let silent = ["netlink", "kube_client"];
+    let _log = logging::start(settings.log_level, settings.log_format, &silent);
     // What libbpf prints explains our own errors.
     libbpf_rs::set_print(Some((libbpf_rs::PrintLevel::Debug, |_, text| log::debug!("{}", text.trim_end()))));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

@@ -64,6 +64,8 @@ const THREADS: &[libc::c_long] = &[
     libc::SYS_futex,
     libc::SYS_getpid,
     libc::SYS_gettid,
+    // A thread that would end the program while another does so.
+    libc::SYS_pause,
     libc::SYS_prctl,
     libc::SYS_rseq,
     libc::SYS_sched_getaffinity,

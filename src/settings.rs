@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The command line and the environment. Each setting is a flag and a variable of the same name; the flag wins.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+};
 
 use clap::{Args, Parser, Subcommand};
 use forwarder_api::ConnId;
@@ -192,7 +195,13 @@ pub struct See {
 }
 
 fn address(text: &str) -> Result<SocketAddr, String> {
-    text.parse().map_err(|_| "expected an address and a port, such as 127.0.0.1:9464 or [::1]:9464".into())
+    // A manifest's `$(POD_IP):9464` has no brackets where the node's address is IPv6.
+    let bare = || {
+        let (address, port) = text.rsplit_once(':')?;
+        Some(SocketAddr::new(IpAddr::V6(address.parse().ok()?), port.parse().ok()?))
+    };
+    let expected = "expected an address and a port, such as 127.0.0.1:9464 or [::1]:9464";
+    text.parse().ok().or_else(bare).ok_or_else(|| expected.into())
 }
 
 /// A connection's name on the command line.
@@ -275,6 +284,20 @@ mod tests {
         assert_eq!("00000000000000ff".parse::<Conn>().map(|conn| conn.0), Ok(ConnId(255)));
         assert!("ff".parse::<Conn>().is_err());
         assert!("+0000000000000ff".parse::<Conn>().is_err());
+    }
+
+    #[test]
+    fn an_address_to_listen_at_is_one_with_a_port() {
+        for (text, expected) in [
+            ("192.0.2.1:9464", "192.0.2.1:9464"),
+            ("[2001:db8::1]:9464", "[2001:db8::1]:9464"),
+            ("2001:db8::1:9464", "[2001:db8::1]:9464"),
+        ] {
+            assert_eq!(address(text), Ok(expected.parse().unwrap()), "{text}");
+        }
+        for wrong in ["192.0.2.1", "9464", ":9464", "::1", "node:9464", "192.0.2.1:"] {
+            assert!(address(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
-# All tests. `test/run.sh swap` runs only the test files of these names. What takes long, or installs much, is added by an
-# argument:
+# All tests. `test/run.sh swap web` runs only the test files of these names. What takes long, or installs much, is added by
+# an argument:
 #   --programs      redis, PostgreSQL, nginx and others, moved under load
 #   --adversity     what they need is taken away amid moves: paths, disk, descriptors
 #   --containers    containers made over CRI by containerd
@@ -22,21 +22,27 @@ if [[ ${1:-} == --fuzz ]]; then
     [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || { echo "error: --fuzz ${2:-}: expected minutes, as in --fuzz 60" >&2; exit 1; }
     exec test/fuzz.sh "$2"
 fi
+is_among() { [[ " ${*:2} " == *" $1 "* ]]; }
 for argument in "$@"; do
     case $argument in
         --kernel) kernel=yes ;;
         --*)
-            [[ " ${long[*]} " == *" ${argument#--} "* ]] || {
+            is_among "${argument#--}" "${long[@]}" || {
                 echo "error: $argument: expected --kernel, --fuzz MINUTES,${long[*]/#/ --}, or names of test files" >&2
                 exit 1
             }
             added+=("${argument#--}")
             ;;
-        *) words+=("$argument") ;;
+        *)
+            [[ -e test/lab/tests/$argument.rs || -e test/lab/tests/$argument/main.rs ]] || {
+                echo "error: $argument: no such file in test/lab/tests" >&2
+                exit 1
+            }
+            words+=("$argument")
+            ! is_among "$argument" "${long[@]}" || added+=("$argument")
+            ;;
     esac
 done
-is_among() { [[ " ${*:2} " == *" $1 "* ]]; }
-
 ./init.sh "${added[@]}"
 ! is_among cluster "${added[@]}" || test/api-server.sh
 export PATH=$PATH:${CARGO_HOME:-$HOME/.cargo}/bin LAB_QUIET=1 RUST_BACKTRACE=${RUST_BACKTRACE:-0}

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! An overlay that is one bridged segment, as Docker's: the neighbour entry of an overlay address has its MAC address,
+//! An overlay that is one bridged segment: the neighbour entry of an overlay address has its MAC address,
 //! the VXLAN device's forwarding entry (FDB) of that has the peer's underlay address. Only what this network namespace
-//! shows is found: the entries that Docker keeps in a namespace of its own are not.
+//! shows is found. Docker's overlay is such a segment, but in a namespace of its own, made when a network's first container
+//! comes to this host: to enter it, or to open a netlink socket there, is for CAP_SYS_ADMIN, which this program does not have.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 

@@ -5,6 +5,8 @@
 //! `cargo fuzz` runs them with coverage (`test/run.sh --fuzz MINUTES`); the tests here run each for a second, from the
 //! same seeds, without.
 
+pub mod seeds;
+
 use ebpf_router::{untrusted, wire};
 use forwarder_api::{Event, Frame, MAX_FRAME, Request};
 

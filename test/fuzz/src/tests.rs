@@ -3,10 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use ebpf_router::wire::{
-    Attempted, Cause, Message, Purpose, Rendezvous, TOKEN, Token, Tuple, encode, preamble,
-};
-use forwarder_api::{ConnId, Direction, Event, Frame, Holder, PrepareTarget, Refusal, Request, SocketInode};
+use crate::seeds;
 
 const TIME: Duration = Duration::from_secs(1);
 /// For one input, on a machine that is busy.
@@ -59,95 +56,42 @@ fn changed(random: &mut fastrand::Rng, seeds: &[Vec<u8>]) -> Vec<u8> {
     data
 }
 
-fn tuple() -> Tuple {
-    Tuple { local: "10.244.1.9:40000".parse().unwrap(), remote: "[fd00::2]:80".parse().unwrap() }
-}
-
 #[test]
 fn frames_of_a_peer() {
-    let (attempted, token) = (Attempted { conn: ConnId(7), number: 9 }, Token([3; TOKEN]));
-    let (tuple, direction, cause) = (tuple(), Direction::ToHost, Cause::Rules);
-    let rendezvous = Rendezvous { host: Some((tuple.local, token)), witness: token };
-    let messages = [
-        Message::Know { tuple, declined: Some(Refusal::NoRuleMatches), answer: true },
-        Message::Ask { tuple, direction, cause },
-        Message::Offer { attempted, tuple, direction, cause },
-        Message::Refuse { attempted, reason: Refusal::IoUring },
-        Message::Accept { attempted, rendezvous, holder: Holder(1) },
-        Message::Begin { attempted },
-        Message::Cancel { attempted, reason: Refusal::Stopping },
-        Message::Relay { attempted, message: vec![1, 2, 3] },
-    ];
-    let mut seeds: Vec<Vec<u8>> = messages.iter().map(|message| encode(message).unwrap()).collect();
-    seeds.push(preamble(Purpose::Secure).to_vec());
-    check(crate::wire, &seeds);
+    check(crate::wire, &seeds::wire());
 }
 
 #[test]
 fn letters_of_a_peers_forwarder() {
-    // Four bytes of length, the number of the batch, and each word; the last with two looks.
-    let words = [vec![0, 2, 1, 2], vec![1, 3, 1, 9, 9, 1, 3, 1, 2, 3], vec![1, 0], vec![1, 5, 20], vec![2]];
-    let seeds: Vec<Vec<u8>> = words.iter().map(|word| [&[9, 0, 0, 0, 7][..], word].concat()).collect();
-    check(crate::letter, &seeds);
+    check(crate::letter, &seeds::letter());
 }
 
 #[test]
 fn requests_to_the_forwarder() {
-    let (conn, direction) = (ConnId(7), Direction::ToHost);
-    let target = PrepareTarget::Remote { socket: SocketInode(9), note: vec![1; 20] };
-    let requests = [
-        Request::Hello { version: 1 },
-        Request::Prepare { conn, direction, target },
-        Request::FromPeer { conn, message: vec![1; 9] },
-        Request::Cancel { conn, reason: Refusal::Stopping },
-        Request::Scan { seq: 1, cgroup_id: 2 },
-    ];
-    let seeds: Vec<Vec<u8>> = requests.iter().map(|request| Frame::encode(request).unwrap()).collect();
-    check(crate::request, &seeds);
+    check(crate::request, &seeds::request());
 }
 
 #[test]
 fn events_of_the_forwarder() {
-    let conn = ConnId(7);
-    let events = [
-        Event::Hello { version: 1, pid: 2 },
-        Event::Prepared { conn, holder: Holder(1) },
-        Event::Refused { conn, reason: Refusal::IoUring },
-        Event::ToPeer { conn, message: vec![1; 9] },
-        Event::Sockets { seq: 1, sockets: vec![] },
-    ];
-    let seeds: Vec<Vec<u8>> = events.iter().map(|event| Frame::encode(event).unwrap()).collect();
-    check(crate::event, &seeds);
-}
-
-fn texts(seeds: &[&str]) -> Vec<Vec<u8>> {
-    seeds.iter().map(|text| text.as_bytes().to_vec()).collect()
+    check(crate::event, &seeds::event());
 }
 
 #[test]
 fn rules() {
-    let seeds = [
-        "type=cidr\nname=a\nfrom=10.244.0.0/16\nto=\"fd00::/64\"\nreverse=true\nafter=20ms\n",
-        "# a comment\n\ntype = podLabel\nname='app'\nvalue=iperf3\n",
-        "type=containerLabel\nname=a\nvalue=b\nafter=64KiB\n",
-    ];
-    check(crate::rule, &texts(&seeds));
+    check(crate::rule, &seeds::rule());
 }
 
 #[test]
 fn manifests() {
-    let seed = "apiVersion: v1\nkind: ConfigMap\nmetadata: { name: r }\ndata:\n  \"a\": |\n    type=cidr\n    after=1s\n";
-    check(crate::manifest, &texts(&[seed, "kind: ConfigMap\ndata: &a { x: *a }\n"]));
+    check(crate::manifest, &seeds::manifest());
 }
 
 #[test]
 fn label_files() {
-    let seed = "containers:\n  - cgroup: pod1/web\n    pod: shop\n    podLabels: { app: shop }\n    containerLabels: { t: w }\n";
-    check(crate::labels, &texts(&[seed]));
+    check(crate::labels, &seeds::labels());
 }
 
 #[test]
 fn peer_files() {
-    let seed = "peers:\n  - overlay: 10.244.2.0/24\n    host: 192.168.77.2\n  - { overlay: \"fd00::/64\", host: \"fd00::1\" }\n";
-    check(crate::peers, &texts(&[seed]));
+    check(crate::peers, &seeds::peers());
 }

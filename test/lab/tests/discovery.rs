@@ -2,7 +2,7 @@
 //! What a router finds by itself: its interfaces, its peers, and rules that change while it runs.
 
 use anyhow::{Context, Result, ensure};
-use lab::{DEADLINE, Host, Lab, Pod, RULE_FOR_ALL_PODS, RouterOptions, Scene, wait_for};
+use lab::{DEADLINE, Host, Lab, Namespace, Pod, RULE_FOR_ALL_PODS, RouterOptions, Scene, wait_for};
 
 const PORT: u16 = 7000;
 
@@ -83,7 +83,7 @@ fn mac_of(pod: &Pod) -> Result<String> {
     words.nth(1).map(str::to_owned).with_context(|| format!("no MAC address in {text}"))
 }
 
-/// As Docker's overlay is: all pods in one segment, neighbour and forwarding entries instead of routes.
+/// All pods in one segment, neighbour and forwarding entries instead of routes.
 fn bridge_the_overlay(scene: &Scene) -> Result<()> {
     let ends = [(&scene.lab.h1, &scene.client), (&scene.lab.h2, &scene.server)];
     for ((host, pod), (other, other_pod)) in ends.into_iter().zip(ends.into_iter().rev()) {
@@ -112,6 +112,60 @@ fn in_a_bridged_overlay_forwarding_entries_tell_where_the_peer_is() -> Result<()
     scene.swapped_stream(PORT, "--pings")?.finish()?;
     let peer = the_peer(&scene.lab.h1)?;
     ensure!(peer.found_by.as_deref() == Some("fdb") && peer.address == "192.168.78.2", "{peer:#?}");
+    Ok(())
+}
+
+/// As Docker's overlay is: its VXLAN device is in a namespace of its own, in which the pods have an interface each. Their
+/// other one, of before, leads to the host.
+fn hide_the_overlay(scene: &mut Scene) -> Result<Vec<Namespace>> {
+    let mut namespaces = Vec::new();
+    let ends = [(&scene.lab.h1, &mut scene.client), (&scene.lab.h2, &mut scene.server)];
+    for (host, pod) in ends {
+        let (n, m) = (host.index, 3 - host.index);
+        let hidden = Namespace::network()?;
+        host.place().run_script(
+            &["sh", "-e"],
+            &format!(
+                "ip link add vxlan9 type vxlan id 9 dstport 4789 local 192.168.78.{n} remote 192.168.78.{m}\n\
+                 ip link add port9 mtu 1450 type veth peer name eth9 mtu 1450\n\
+                 for port in vxlan9 port9; do ip link set $port netns {hidden}; done\n\
+                 ip link set eth9 netns {pod}\n\
+                 nsenter --net={hidden} sh -ec 'ip link add br0 up type bridge
+                     for port in vxlan9 port9; do ip link set $port up master br0; done'\n",
+                hidden = hidden.path(),
+                pod = pod.place().network.path(),
+            ),
+        )?;
+        pod.place().run_script(
+            &["sh", "-e"],
+            &format!("ip address add 10.0.9.{n}/24 dev eth9\nip link set eth9 up\n"),
+        )?;
+        pod.v4 = format!("10.0.9.{n}").parse()?;
+        namespaces.push(hidden);
+    }
+    Ok(namespaces)
+}
+
+#[test]
+fn an_overlay_in_a_namespace_of_its_own_needs_a_file_of_peers() -> Result<()> {
+    let mut scene = Scene::without_routers("discovery-hidden")?;
+    let _namespaces = hide_the_overlay(&mut scene)?;
+    let file = scene.lab.directory().join("peers.yaml");
+    let entry = |host: &Host| format!("- {{overlay: 10.0.9.{}/32, host: {}}}\n", host.index, host.address);
+    std::fs::write(&file, format!("peers:\n{}{}", entry(&scene.lab.h1), entry(&scene.lab.h2)))?;
+    for host in scene.lab.hosts() {
+        host.replace_rule("pods", "type=cidr\nfrom=10.0.9.0/24\nto=10.0.9.0/24\n")?;
+    }
+    let options = RouterOptions::default().with("OVERLAY_IF", "cni0");
+    scene.lab.start_everything(&options)?;
+    let stream = scene.stream(PORT, "--pings")?;
+    ensure!(scene.lab.h1.wait_until_refused(PORT)? == "no_peer_host");
+    for host in scene.lab.hosts() {
+        host.stop_router()?;
+        host.start_router(&options.clone().with("ROUTER_PEERS", &file.to_string_lossy()))?;
+    }
+    scene.wait_until_on_host(PORT)?;
+    stream.finish()?;
     Ok(())
 }
 

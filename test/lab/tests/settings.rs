@@ -61,6 +61,21 @@ fn a_node_without_certificates_is_told_where_they_are_expected() -> Result<()> {
     check("no-tls", |_| Ok(RouterOptions::default().with("ROUTER_TLS", "/does/not/exist")), &words)
 }
 
+/// As those of EKS and GKE have it: the filter of system calls would kill whoever starts a program.
+#[test]
+fn a_kubeconfig_that_would_start_a_program_is_refused() -> Result<()> {
+    const KUBECONFIG: &str = r#"{ apiVersion: v1, kind: Config, current-context: it,
+        clusters: [{ name: it, cluster: { server: "https://192.0.2.1:6443" } }],
+        contexts: [{ name: it, context: { cluster: it, user: it } }],
+        users: [{ name: it, user: { exec: { apiVersion: client.authentication.k8s.io/v1, command: aws } } }] }"#;
+    let options = |lab: &Lab| {
+        let path = lab.directory().join("kubeconfig");
+        std::fs::write(&path, KUBECONFIG)?;
+        Ok(RouterOptions::default().with("KUBECONFIG", &path.to_string_lossy()))
+    };
+    check("kubeconfig-exec", options, &["program aws", "token"])
+}
+
 #[test]
 fn a_port_in_use_is_named() -> Result<()> {
     let lab = Lab::new("port-in-use")?;

@@ -99,7 +99,8 @@ impl Containerd<'_> {
             "run" => directory.clone(),
             "rules" => directory.join("rules"),
             "bpf" => directory.join("bpf"),
-            "tls" | "containerd" => directory.join(text(&volume["name"])?),
+            "tls" => self.host.tls(),
+            "containerd" => directory.join("containerd"),
             _ => PathBuf::from(text(&volume["hostPath"]["path"])?),
         };
         std::fs::create_dir_all(&source)?;
@@ -148,13 +149,18 @@ impl Containerd<'_> {
             ]);
         }
         for variable in list(&container["env"]) {
-            words.extend([
-                "--env".into(),
-                format!("{}={}", text(&variable["name"])?, text(&variable["value"])?),
-            ]);
+            // Of the fields of a pod only its address is asked for, which in the hosts' network is the node's.
+            let value = match variable["valueFrom"]["fieldRef"]["fieldPath"].as_str() {
+                Some(field) => {
+                    ensure!(field == "status.podIP", "{variable:?}");
+                    self.host.address.to_string()
+                }
+                None => text(&variable["value"])?.replace("$(POD_IP)", &self.host.address.to_string()),
+            };
+            words.extend(["--env".into(), format!("{}={value}", text(&variable["name"])?)]);
         }
         // Paths are the DaemonSet's own; the rest is what the ConfigMap `ebpf-router` would hold here.
-        let paths = ["ROUTER_RULES", "ROUTER_FORWARDER", "ROUTER_CONTROL", "ROUTER_PINS"];
+        let paths = ["ROUTER_RULES", "ROUTER_TLS", "ROUTER_FORWARDER", "ROUTER_CONTROL", "ROUTER_PINS"];
         for (name, value) in self.host.environment() {
             if !paths.contains(&name.as_str()) {
                 words.extend(["--env".into(), format!("{name}={}", value.to_string_lossy())]);
@@ -231,6 +237,9 @@ fn the_image_runs_as_the_daemonset_runs_it() -> Result<()> {
     let hosts: Vec<Containerd<'_>> = hosts.into_iter().collect::<Result<_>>()?;
     for Containerd { host, .. } in &hosts {
         wait_for(&format!("the router of {} to answer", host.name), DEADLINE, || Ok(host.status().ok()))?;
+        let answer = host.get(&format!("{}:9464", host.address), "/metrics")?;
+        ensure!(answer.status == 200, "{answer:?}");
+        ensure!(host.get("127.0.0.1:9464", "/metrics").is_err(), "metrics are at other addresses as well");
     }
     let stream = scene.swapped_stream(PORT, "--names")?;
     hosts.iter().try_for_each(Containerd::stop)?;

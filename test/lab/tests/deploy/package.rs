@@ -99,8 +99,14 @@ fn the_package_installs_starts_upgrades_and_goes() -> Result<()> {
     let system = System::boot(&lab, &package)?;
 
     let settings = "OVERLAY_IF=overlay0\\nHOST_IF=eth0\\nROUTER_RULES=/etc/ebpf-router/rules\\n";
+    let said = system.run(&format!(
+        "printf '{settings}' >/etc/default/ebpf-router; dpkg --force-confold --install /ebpf-router.deb 2>&1"
+    ))?;
+    ensure!(said.contains("ebpf-router pki"), "nothing is said of certificates: {said}");
     system.run(&format!(
-        "printf '{settings}' >/etc/default/ebpf-router; dpkg --force-confold --install /ebpf-router.deb"
+        "ebpf-router pki init /root/pki; ebpf-router pki issue /root/pki node --address {}; \
+         cp /root/pki/node/* /etc/ebpf-router/tls; systemctl restart ebpf-router",
+        lab.h1.address
     ))?;
     let answers = || {
         let status = system.run("ebpf-router status").ok();
@@ -119,7 +125,10 @@ fn the_package_installs_starts_upgrades_and_goes() -> Result<()> {
 
     system.run("systemctl stop ebpf-router")?;
     ensure!(system.pid("ebpf-forwarder")? == forwarder, "the forwarder has stopped with the router");
+    // What others have put there stays where it is.
+    // The certificates are not the package's.
     system.run("systemctl start ebpf-router; dpkg --purge ebpf-router")?;
+    system.run("test \"$(ls /etc/ebpf-router)\" = tls; rm -r /etc/ebpf-router")?;
     let left = system.run("ls -d /usr/sbin/ebpf-* /etc/ebpf-router /etc/default/ebpf-router /run/ebpf-router 2>/dev/null || true; pgrep -l 'ebpf-' || true")?;
     ensure!(left.trim().is_empty(), "left behind: {left}");
     Ok(())
