@@ -210,13 +210,10 @@ fn a_connection_between_pods_is_swapped_and_comes_back_before_the_router_is_gone
     for host in lab.hosts() {
         ensure!(!host_connections(host)?.is_empty(), "swapped, and nothing between the hosts");
     }
-    installed.kubectl(&["delete", "-f", &deploy("simple-ds.yaml"), "-f", &deploy("rules.yaml")])?;
-    wait_for("the routers to be gone", PATIENCE, || {
-        let pods =
-            installed.in_system(&["get", "pods", "--selector", "app=ebpf-router", "--output", "name"])?;
-        Ok(pods.is_empty().then_some(()))
-    })
-    .with_context(|| installed.told())?;
+    let files = [deploy("simple-ds.yaml"), deploy("rules.yaml")];
+    installed.kubectl(&["delete", "--cascade=foreground", "-f", &files[0], "-f", &files[1]])?;
+    let pods = installed.in_system(&["get", "pods", "--selector", "app=ebpf-router", "--output", "name"])?;
+    ensure!(pods.is_empty(), "deleted, and there are {pods}");
     for host in lab.hosts() {
         let (pins, connections) = (host.pins()?, host_connections(host)?);
         ensure!(pins.is_empty() && connections.is_empty(), "on {}: {pins:?} {connections}", host.name);
