@@ -35,8 +35,10 @@ if [[ " $* " == *" engines "* ]]; then
 fi
 if [[ " $* " == *" kubernetes "* ]]; then
     packages+=(
-        dnsmasq-base                                                       # names of services
-        memcached libmemcached-tools openmpi-bin libopenmpi-dev netpipe-openmpi openssh-server openssh-client # test/jobs
+        dnsmasq-base                                                           # names of services
+        golang-go golang-github-masterminds-sprig-dev golang-gopkg-yaml.v3-dev # the chart
+        bash hostname memcached libmemcached-tools openmpi-bin libopenmpi-dev netpipe-openmpi # test/jobs
+        openssh-server openssh-client
     )
 fi
 if [[ " $* " == *" cluster "* || " $* " == *" kubernetes "* ]]; then

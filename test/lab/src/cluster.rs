@@ -48,12 +48,12 @@ impl<'lab> Cluster<'lab> {
             let node = Node::start(host, &cluster.server)?;
             cluster.nodes.push(node);
         }
-        wait_for("both nodes to be ready", PATIENCE, || {
+        wait_for("both nodes to be known", PATIENCE, || {
             cluster.expect_running()?;
-            let ready = r#"{range .items[*]}{.status.conditions[?(@.type=="Ready")].status} {end}"#;
-            let ready = cluster.kubectl(&["get", "nodes", "--output", &format!("jsonpath={ready}")])?;
-            Ok((ready.trim() == "True True").then_some(()))
+            let names = cluster.kubectl(&["get", "nodes", "--output", "name"])?;
+            Ok((names.lines().count() == 2).then_some(()))
         })?;
+        cluster.wait("condition=Ready", &["node", "--all"])?;
         // Pods are refused until there is an account for them.
         wait_for("the service account for pods", DEADLINE * 2, || {
             Ok(cluster.kubectl(&["get", "serviceaccount", "default"]).ok())
@@ -88,13 +88,17 @@ impl<'lab> Cluster<'lab> {
         self.lab.h1.place().spawn(&name, command)?.wait(limit)
     }
 
-    /// Waits until a pod's containers are ready.
-    pub fn wait_until_ready(&self, pod: &str) -> Result<()> {
-        wait_for(&format!("the pod {pod} to be ready"), PATIENCE, || {
-            let path = r#"jsonpath={.status.conditions[?(@.type=="Ready")].status}"#;
-            Ok((self.kubectl(&["get", "pod", pod, "--output", path])? == "True").then_some(()))
+    /// `kubectl wait`: until what is named is as `wanted` says.
+    pub fn wait(&self, wanted: &str, what: &[&str]) -> Result<()> {
+        let mut all = vec!["wait".to_owned(), format!("--for={wanted}")];
+        all.push(format!("--timeout={}s", PATIENCE.as_secs()));
+        all.extend(what.iter().map(|word| (*word).to_owned()));
+        let all: Vec<&str> = all.iter().map(String::as_str).collect();
+        self.kubectl(&all).map(drop).with_context(|| {
+            let mut describe = vec!["describe"];
+            describe.extend(what.iter().filter(|word| !word.starts_with("--")));
+            self.kubectl(&describe).unwrap_or_default()
         })
-        .with_context(|| self.kubectl(&["describe", "pod", pod]).unwrap_or_default())
     }
 
     fn start_controllers(&mut self) -> Result<()> {

@@ -7,7 +7,7 @@ use std::{process::Command, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use lab::{
-    Cluster, Flow, Host, Lab, PATIENCE,
+    ApiServer, Cluster, Flow, Host, Lab, PATIENCE,
     containerd::{Image, LAB_IMAGE},
     wait_for,
 };
@@ -38,12 +38,13 @@ impl<'lab> Installed<'lab> {
         cluster.import(&archive)?;
         let installed = Installed { cluster, lab };
         installed.kubectl(&["apply", "-f", &deploy("rules.yaml"), "-f", &deploy("simple-ds.yaml")])?;
-        wait_for("the routers to be ready", PATIENCE, || {
-            let ready = "jsonpath={.status.desiredNumberScheduled} {.status.numberReady}";
-            let ready = installed.in_system(&["get", "daemonset", "ebpf-router", "--output", ready])?;
-            Ok((ready == "2 2").then_some(()))
-        })
-        .with_context(|| installed.told())?;
+        wait_for("pods of the DaemonSet on both nodes", PATIENCE, || {
+            let pods =
+                installed.in_system(&["get", "pods", "--selector", "app=ebpf-router", "--output", "name"])?;
+            Ok((pods.lines().count() == 2).then_some(()))
+        })?;
+        let pods = ["--namespace", "kube-system", "pods", "--selector", "app=ebpf-router"];
+        installed.cluster.wait("condition=Ready", &pods).with_context(|| installed.told())?;
         Ok(installed)
     }
 
@@ -101,10 +102,10 @@ impl<'lab> Installed<'lab> {
     fn stream(&self, port: u16) -> Result<Stream<'_, 'lab>> {
         let server = format!("/bin/stream --server 0.0.0.0:{port} --pings");
         self.run_pod("server", "h2", &server)?;
-        self.cluster.wait_until_ready("server")?;
+        self.cluster.wait("condition=Ready", &["pod/server"])?;
         let address = self.kubectl(&["get", "pod", "server", "--output", "jsonpath={.status.podIP}"])?;
         self.run_pod("client", "h1", &format!("/bin/stream --client {address}:{port} --pings --until-eof"))?;
-        self.cluster.wait_until_ready("client")?;
+        self.cluster.wait("condition=Ready", &["pod/client"])?;
         wait_for("the client to be connected", PATIENCE, || {
             Ok(self.kubectl(&["logs", "client"])?.contains("connected").then_some(()))
         })?;
@@ -198,6 +199,43 @@ fn swaps(log: &str) -> Result<u64> {
     Ok(number.parse()?)
 }
 
+/// The chart with its own values, as `helm template` would print it: see `test/deploy/render`.
+fn chart() -> Result<String> {
+    let mut render = Command::new("go");
+    render.args(["run", "main.go"]).arg(deploy("helm/ebpf-router")).arg("kube-system");
+    render.current_dir(deploy("../test/deploy/render"));
+    render.env("GO111MODULE", "off").env("GOPATH", "/usr/share/gocode");
+    let output = render.output()?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+#[test]
+fn the_api_server_takes_every_manifest() -> Result<()> {
+    let lab = Lab::new("kubernetes-manifests")?;
+    let server = ApiServer::start(&lab.h1)?;
+    // Of the lab's own: with the same names as the manifests'.
+    server.kubectl(&["delete", "clusterrole,clusterrolebinding", "ebpf-router"])?;
+    server.kubectl(&["delete", "--namespace", "kube-system", "role,rolebinding", "ebpf-router"])?;
+    let rendered = lab.directory().join("chart.yaml");
+    std::fs::write(&rendered, chart()?)?;
+    let mut all: Vec<[String; 2]> = Vec::new();
+    for directory in ["base", "overlays/calico", "overlays/flannel"] {
+        all.push(["-k".into(), deploy(directory)]);
+    }
+    for entry in std::fs::read_dir(deploy("../test/jobs"))? {
+        all.push(["-f".into(), entry?.path().to_string_lossy().into_owned()]);
+    }
+    all.push(["-f".into(), rendered.to_string_lossy().into_owned()]);
+    for [kind, path] in &all {
+        server.kubectl(&["apply", "--dry-run=server", kind, path])?;
+        let made = server.kubectl(&["create", kind, path])?;
+        let deleted = server.kubectl(&["delete", "--wait=false", kind, path])?;
+        ensure!(made.lines().count() == deleted.lines().count(), "{path}: {made}{deleted}");
+    }
+    Ok(())
+}
+
 #[test]
 fn a_connection_between_pods_is_swapped_and_comes_back_before_the_router_is_gone() -> Result<()> {
     let lab = Lab::new("kubernetes-install")?;
@@ -275,9 +313,9 @@ fn the_benchmark_memcached_runs_in_the_cluster() -> Result<()> {
 #[test]
 fn the_benchmarks_of_mpi_run_in_the_cluster() -> Result<()> {
     let lab = Lab::new("kubernetes-mpi")?;
-    let packages =
-        [["openmpi-bin", "openssh-server", "openssh-client"], ["netpipe-openmpi", "libopenmpi-dev", "gcc"]];
-    let installed = for_benchmarks(&lab, packages.as_flattened())?;
+    let own = ["openmpi-bin", "libopenmpi-dev", "netpipe-openmpi", "openssh-server", "openssh-client"];
+    let compiler = ["gcc", "libc6-dev"];
+    let installed = for_benchmarks(&lab, &[&own[..], &compiler[..]].concat())?;
     for key in ["mpilat", "mpibw", "mpiall"] {
         benchmark(&installed, key)?;
     }

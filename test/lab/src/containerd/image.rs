@@ -31,8 +31,12 @@ apt-cache depends --recurse --installed --important "$@" | grep '^[a-z0-9]' | so
     while read -r path; do [[ -d $path && ! -L $path ]] || [[ ! -e $path && ! -L $path ]] || echo "$path"; done |
     sed 's,^/\(bin\|sbin\|lib\|lib64\)/,/usr/\1/,' | sort -u >"$root.list"
 # Made when they were installed, so no package's.
-find /etc/alternatives /etc/passwd /etc/group /etc/nsswitch.conf /etc/pam.d /etc/ld.so.cache /etc/ssl/openssl.cnf \
-    -not -type d 2>/dev/null >>"$root.list" || true
+{
+    find /usr/bin /usr/sbin -lname '/etc/alternatives/*'
+    for path in /etc/alternatives/* /etc/{passwd,group,nsswitch.conf,ld.so.cache,ssl/openssl.cnf,ssh/ssh_config,ssh/sshd_config}; do
+        [[ ! -e $path && ! -L $path ]] || echo "$path"
+    done
+} >>"$root.list"
 tar -C / --no-recursion --files-from <(sed 's,^/,,' "$root.list") -cf - | tar -C "$root" --keep-directory-symlink -xf -
 rm "$root.list"
 "#;
