@@ -3,8 +3,8 @@
 # Installs what building and testing need on Debian 12 or later, and mounts what tracing needs. Safe to repeat.
 # What only some tests need is installed by name (`./init.sh programs cluster`): `programs`, the servers and clients of
 # test/lab/tests/programs.rs and of the benchmarks; `containers`, containerd; `engines`, Podman and Docker; `web`, a browser,
-# and Prometheus as the judge of metrics; `cluster`, what building and running a Kubernetes API server needs; `deploy`, what
-# judges manifests, chart, image and package.
+# and Prometheus as the judge of metrics; `cluster`, what building and running a Kubernetes API server needs; `kubernetes`,
+# the same for a cluster with nodes; `deploy`, what judges manifests, chart, image and package.
 set -euo pipefail
 
 packages=(
@@ -27,13 +27,21 @@ if [[ " $* " == *" programs "* ]]; then
         golang-go default-jdk-headless nodejs python3                                          # languages
     )
 fi
-if [[ " $* " == *" containers "* || " $* " == *" deploy "* ]]; then
+if [[ " $* " == *" containers "* || " $* " == *" deploy "* || " $* " == *" kubernetes "* ]]; then
     packages+=(containerd runc containernetworking-plugins)
 fi
 if [[ " $* " == *" engines "* ]]; then
     packages+=(podman conmon docker.io)
 fi
-if [[ " $* " == *" cluster "* ]]; then
+if [[ " $* " == *" kubernetes "* ]]; then
+    packages+=(
+        dnsmasq-base                                                           # names of services
+        golang-go golang-github-masterminds-sprig-dev golang-gopkg-yaml.v3-dev # the chart
+        bash hostname memcached libmemcached-tools openmpi-bin libopenmpi-dev netpipe-openmpi # test/jobs
+        openssh-server openssh-client
+    )
+fi
+if [[ " $* " == *" cluster "* || " $* " == *" kubernetes "* ]]; then
     packages+=(etcd-server golang-go curl ca-certificates openssl)
     # Other packages have it as well, at the same path.
     command -v kubectl >/dev/null || packages+=(kubernetes-client)

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use crate::{
     cluster::{Access, CONFIG_MAP},
     conntrack::Conntrack,
+    control::{self, Question},
+    coordinator::Status,
     encryption,
     peers::{Interfaces, PeerError},
     rules::RuleSet,
@@ -113,8 +115,15 @@ pub async fn probe(settings: &Settings) -> Facts {
         rules,
         kubernetes,
         forwarder: settings.forwarder.clone(),
-        forwarder_answers: std::os::unix::net::UnixStream::connect(&settings.forwarder).is_ok(),
+        forwarder_answers: forwarder_answers(settings),
     }
+}
+
+/// The forwarder takes whoever connects for its router, and leaves the one before: a router that runs is asked instead.
+fn forwarder_answers(settings: &Settings) -> bool {
+    let asked = control::ask(&settings.control, &Question::Status);
+    asked.is_ok_and(|status: Status| status.forwarder.is_some())
+        || std::os::unix::net::UnixStream::connect(&settings.forwarder).is_ok()
 }
 
 async fn interfaces(settings: &Settings) -> Result<Interfaces, PeerError> {

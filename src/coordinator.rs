@@ -649,9 +649,17 @@ impl Coordinator {
         }
         // Also of connections that no router knows any more, because their forwarder is gone: without the programs they
         // would lose their names.
-        let swapped = match sockets {
-            Some(sockets) => sockets.iter().filter(|record| self.parts.lookup.is_swapped(record)).count(),
-            None => return log::warn!("no forwarder says what is swapped: the pinned programs stay"),
+        let swapped = match (sockets, self.parts.watch.look()) {
+            (Some(sockets), Ok(seen)) => {
+                // Other programs of the host have sockets in its network too, and a router in a pod may not look at them.
+                let named: HashSet<SocketInode> = seen.iter().map(|seen| seen.socket).collect();
+                let left = |record: &&SocketRecord| {
+                    named.contains(&record.socket) && self.parts.lookup.is_swapped(record)
+                };
+                sockets.iter().filter(left).count()
+            }
+            (None, _) => return log::warn!("no forwarder says what is swapped: the pinned programs stay"),
+            (_, Err(error)) => return log::warn!("{error}: the pinned programs stay"),
         };
         match swapped {
             0 => {

@@ -7,6 +7,7 @@
 #   --containers    containers made over CRI by containerd
 #   --engines       containers of Podman and Docker
 #   --cluster       a Kubernetes API server, which is built once
+#   --kubernetes    a cluster of two nodes, whose programs are built once
 #   --deploy        manifests, chart, image and Debian package
 #   --web           the page in a browser
 #   --kernel        a part of the tests under a second kernel, emulated
@@ -16,7 +17,7 @@ cd "$(dirname "$0")/.."
 ((EUID == 0)) || { echo "error: namespaces, BPF and ptrace need root: run $0 as root" >&2; exit 1; }
 
 # Their test files have their names.
-long=(programs adversity containers engines cluster deploy web)
+long=(programs adversity containers engines cluster kubernetes deploy web)
 kernel=no added=() words=() failed=()
 if [[ ${1:-} == --fuzz ]]; then
     [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || { echo "error: --fuzz ${2:-}: expected minutes, as in --fuzz 60" >&2; exit 1; }
@@ -44,7 +45,7 @@ for argument in "$@"; do
     esac
 done
 ./init.sh "${added[@]}"
-! is_among cluster "${added[@]}" || test/api-server.sh
+! is_among cluster "${added[@]}" && ! is_among kubernetes "${added[@]}" || test/kubernetes.sh
 export PATH=$PATH:${CARGO_HOME:-$HOME/.cargo}/bin LAB_QUIET=1 RUST_BACKTRACE=${RUST_BACKTRACE:-0}
 
 lab() { "${CARGO_TARGET_DIR:-target}/release/lab" "$@"; }

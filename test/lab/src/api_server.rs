@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A Kubernetes API server with its etcd, on a host of the lab: real, but without nodes. What a kubelet would say of pods
-//! is said by the test.
+//! A Kubernetes API server with its etcd, on a host of the lab: real. By itself it has no nodes, and what a kubelet would
+//! say of pods is said by the test; a [`Cluster`](crate::Cluster) has all that is missing.
 //!
-//! `test/api-server.sh` builds the server once.
+//! `test/kubernetes.sh` builds the server once.
 
 use std::{
     path::{Path, PathBuf},
@@ -15,10 +15,25 @@ use serde_json::{Value, json};
 
 use crate::{DEADLINE, Host, Place, Pod, Process, RouterOptions, wait_for};
 
-const PORT: u16 = 6443;
+pub(crate) const PORT: u16 = 6443;
+/// Where pods find it.
+pub(crate) const CLUSTER_IP: &str = "10.96.0.1";
+pub(crate) const CLUSTER_IPS: &str = "10.96.0.0/16";
 const ADMIN: &str = "admin";
 /// May do what the router's role allows, and no more.
 const ROUTER: &str = "router";
+pub(crate) const CONTROLLERS: &str = "system:kube-controller-manager";
+pub(crate) const SCHEDULER: &str = "system:kube-scheduler";
+
+/// Users, and the groups that they are in. A user's name is also the user's token.
+const USERS: [(&str, &str); 6] = [
+    (ADMIN, "system:masters"),
+    (ROUTER, ""),
+    (CONTROLLERS, ""),
+    (SCHEDULER, ""),
+    ("system:node:h1", "system:nodes"),
+    ("system:node:h2", "system:nodes"),
+];
 
 /// What a router needs.
 const ROLES: &str = "
@@ -53,6 +68,8 @@ pub struct ApiServer {
     directory: PathBuf,
     url: String,
     address: String,
+    /// Does somebody make service accounts?
+    controlled: bool,
     starts: u32,
     /// Before etcd: it is dropped first.
     server: Option<Process>,
@@ -62,6 +79,17 @@ pub struct ApiServer {
 impl ApiServer {
     /// On this host, ready, with a role for routers.
     pub fn start(host: &Host) -> Result<ApiServer> {
+        let server = ApiServer::start_as(host, false)?;
+        server.apply("roles", ROLES)?;
+        Ok(server)
+    }
+
+    /// On this host, ready, for controllers and nodes to come.
+    pub(crate) fn start_controlled(host: &Host) -> Result<ApiServer> {
+        ApiServer::start_as(host, true)
+    }
+
+    fn start_as(host: &Host, controlled: bool) -> Result<ApiServer> {
         let directory = host.place().directory.join("api-server");
         std::fs::create_dir_all(&directory)?;
         let place = host.place().clone();
@@ -73,12 +101,12 @@ impl ApiServer {
             directory,
             url: format!("https://{}:{PORT}", host.address),
             address: host.address.to_string(),
+            controlled,
             starts: 0,
             server: None,
         };
         server.write_secrets()?;
         server.start_again()?;
-        server.apply("roles", ROLES)?;
         Ok(server)
     }
 
@@ -91,22 +119,24 @@ impl ApiServer {
     /// With all that it knew.
     pub fn start_again(&mut self) -> Result<()> {
         let file = |name: &str| self.directory.join(name);
-        let mut command = Command::new(program()?);
+        let mut command = Command::new(kubernetes_program("kube-apiserver")?);
         command
             .args(["--bind-address", &self.address, "--advertise-address", &self.address])
             .args(["--secure-port", &PORT.to_string(), "--etcd-servers", "http://127.0.0.1:2379"])
-            .args(["--authorization-mode", "RBAC", "--service-cluster-ip-range", "10.96.0.0/16"])
-            // No controller makes service accounts and endpoints.
-            .args(["--disable-admission-plugins", "ServiceAccount", "--endpoint-reconciler-type", "none"])
+            .args(["--authorization-mode", "Node,RBAC", "--service-cluster-ip-range", CLUSTER_IPS])
+            .args(["--endpoint-reconciler-type", "none", "--kubelet-preferred-address-types", "InternalIP"])
             .args(["--service-account-issuer", "https://kubernetes.default.svc"])
             .arg("--service-account-key-file")
-            .arg(file("account.key"))
+            .arg(self.account_key())
             .arg("--service-account-signing-key-file")
-            .arg(file("account.key"))
+            .arg(self.account_key())
             .arg("--token-auth-file")
             .arg(file("tokens.csv"))
             .arg("--cert-dir")
             .arg(file("certificates"));
+        if !self.controlled {
+            command.args(["--disable-admission-plugins", "ServiceAccount"]);
+        }
         self.starts += 1;
         self.server = Some(self.place.spawn(&format!("api-server-{}", self.starts), &mut command)?);
         wait_for("the API server to be ready", DEADLINE * 4, || {
@@ -174,37 +204,59 @@ impl ApiServer {
         self.kubectl(&["replace", "--raw", &raw, "--filename", &path.to_string_lossy()]).map(drop)
     }
 
-    fn kubeconfig(&self, user: &str) -> PathBuf {
-        self.directory.join(format!("{user}.kubeconfig"))
+    /// For an administrator's kubectl.
+    pub fn admin(&self) -> PathBuf {
+        self.kubeconfig(ADMIN)
+    }
+
+    pub(crate) fn kubeconfig(&self, user: &str) -> PathBuf {
+        self.directory.join(format!("{}.kubeconfig", user.replace(':', "-")))
+    }
+
+    pub(crate) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    pub(crate) fn account_key(&self) -> PathBuf {
+        self.directory.join("account.key")
+    }
+
+    /// With its authority's.
+    pub(crate) fn certificate(&self) -> PathBuf {
+        self.directory.join("certificates/apiserver.crt")
     }
 
     fn write_secrets(&self) -> Result<()> {
         let mut openssl = Command::new("openssl");
-        openssl.args(["genrsa", "-out"]).arg(self.directory.join("account.key")).arg("2048");
+        openssl.args(["genrsa", "-out"]).arg(self.account_key()).arg("2048");
         self.place.run(&mut openssl)?;
-        let tokens = format!("{ADMIN},{ADMIN},1,system:masters\n{ROUTER},{ROUTER},2\n");
-        std::fs::write(self.directory.join("tokens.csv"), tokens)?;
-        for user in [ADMIN, ROUTER] {
+        let mut tokens = String::new();
+        for (user, groups) in USERS {
+            tokens += &format!("{user},{user},{user},\"{groups}\"\n");
             let config = json!({
                 "apiVersion": "v1", "kind": "Config", "current-context": "lab",
                 "clusters": [{ "name": "lab", "cluster": {
-                    "server": self.url, "certificate-authority": self.directory.join("certificates/apiserver.crt"),
+                    "server": self.url, "certificate-authority": self.certificate(),
                 } }],
                 "users": [{ "name": user, "user": { "token": user } }],
                 "contexts": [{ "name": "lab", "context": { "cluster": "lab", "user": user } }],
             });
             std::fs::write(self.kubeconfig(user), config.to_string())?;
         }
+        std::fs::write(self.directory.join("tokens.csv"), tokens)?;
         Ok(())
     }
 }
 
-fn program() -> Result<PathBuf> {
-    let path = match std::env::var_os("KUBE_APISERVER") {
-        Some(path) => PathBuf::from(path),
-        None => PathBuf::from(std::env::var_os("HOME").context("HOME is not set")?)
-            .join(".cache/ebpf-router/kube-apiserver"),
+/// A program that `test/kubernetes.sh` builds.
+pub(crate) fn kubernetes_program(name: &str) -> Result<PathBuf> {
+    let directory = match std::env::var_os("KUBERNETES_PROGRAMS") {
+        Some(directory) => PathBuf::from(directory),
+        None => {
+            PathBuf::from(std::env::var_os("HOME").context("HOME is not set")?).join(".cache/ebpf-router")
+        }
     };
-    ensure!(path.exists(), "{} does not exist: `test/run.sh --cluster` builds it", path.display());
+    let path = directory.join(name);
+    ensure!(path.exists(), "{} does not exist: `test/kubernetes.sh` builds it", path.display());
     Ok(path)
 }

@@ -10,6 +10,7 @@ mod image;
 use std::{
     collections::BTreeMap,
     net::Ipv4Addr,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::Command,
     sync::Mutex,
@@ -29,7 +30,7 @@ use crate::{DEADLINE, Host, Process, network, wait_for};
 
 pub use image::{Image, LAB_IMAGE};
 
-const SOCKET: &str = "/run/containerd/containerd.sock";
+pub(crate) const SOCKET: &str = "/run/containerd/containerd.sock";
 
 /// A pod as kubelet would have it made.
 #[derive(Clone, Debug, Default)]
@@ -129,6 +130,7 @@ impl RunningContainer {
 pub struct Containerd<'lab> {
     host: &'lab Host,
     directory: PathBuf,
+    snapshotter: String,
     tokio: tokio::runtime::Runtime,
     state: Mutex<Option<(Process, Client)>>,
 }
@@ -136,9 +138,15 @@ pub struct Containerd<'lab> {
 impl<'lab> Containerd<'lab> {
     /// Starts it, with [`LAB_IMAGE`] imported.
     pub fn start(host: &'lab Host) -> Result<Containerd<'lab>> {
+        Containerd::start_with(host, "native")
+    }
+
+    /// With this snapshotter: `overlayfs` copies no image, and is not possible everywhere.
+    pub(crate) fn start_with(host: &'lab Host, snapshotter: &str) -> Result<Containerd<'lab>> {
         let directory = host.place().directory.join("containerd");
         std::fs::create_dir_all(directory.join("cni"))?;
-        std::fs::write(directory.join("config.toml"), configuration(&directory))?;
+        std::fs::write(directory.join("config.toml"), configuration(&directory, snapshotter))?;
+        write_runc(&directory.join("runc"))?;
         std::fs::write(directory.join("cni/10-lab.conflist"), network(host.index))?;
         // What no setting can move.
         host.place().run_script(
@@ -146,7 +154,13 @@ impl<'lab> Containerd<'lab> {
             "for place in /run/containerd /var/lib/cni; do mkdir -p $place; mount -t tmpfs none $place; done\n",
         )?;
         let tokio = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let containerd = Containerd { host, directory, tokio, state: Mutex::default() };
+        let containerd = Containerd {
+            host,
+            directory,
+            snapshotter: snapshotter.to_owned(),
+            tokio,
+            state: Mutex::default(),
+        };
         containerd.start_again()?;
         containerd.import(&Image::of_lab(&containerd.directory)?)?;
         Ok(containerd)
@@ -187,7 +201,9 @@ impl<'lab> Containerd<'lab> {
     /// Makes an image known, which is a tar as `docker save` or an OCI layout has it.
     pub fn import(&self, image: &Path) -> Result<()> {
         let mut command = Command::new("ctr");
-        command.args(["--namespace", "k8s.io", "images", "import"]).arg(image);
+        command
+            .args(["--namespace", "k8s.io", "images", "import", "--snapshotter", &self.snapshotter])
+            .arg(image);
         self.host.place().run(&mut command).map(drop)
     }
 
@@ -329,7 +345,32 @@ fn log_name(container: &ContainerSpec) -> String {
     format!("{}.log", container.name)
 }
 
-fn configuration(directory: &Path) -> String {
+/// runc, but for a capability that root lacks on some machines: then nobody can be given it, and runc would fail.
+const RUNC: &str = r#"#!/bin/sh
+previous=
+for word; do
+    case $previous in
+        --bundle) specification=$word/config.json ;;
+        --process) specification=$word ;;
+    esac
+    previous=$word
+done
+if [ -n "$specification" ]; then
+    jq -c 'walk(if type == "array" then map(select(. != "CAP_SYS_RESOURCE")) else . end)' "$specification" >"$specification.less"
+    cat "$specification.less" >"$specification"
+    rm "$specification.less"
+fi
+exec runc "$@"
+"#;
+
+fn write_runc(path: &Path) -> Result<()> {
+    let has_all = privileges::held().contains(&"CAP_SYS_RESOURCE".parse()?);
+    std::fs::write(path, if has_all { "#!/bin/sh\nexec runc \"$@\"\n" } else { RUNC })?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755))?;
+    Ok(())
+}
+
+fn configuration(directory: &Path, snapshotter: &str) -> String {
     let directory = directory.display();
     format!(
         r#"version = 2
@@ -344,7 +385,11 @@ disabled_plugins = ["io.containerd.internal.v1.opt"]
   restrict_oom_score_adj = true
   netns_mounts_under_state_dir = true
   [plugins."io.containerd.grpc.v1.cri".containerd]
-    snapshotter = "native"
+    snapshotter = "{snapshotter}"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+      runtime_type = "io.containerd.runc.v2"
+      [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
+        BinaryName = "{directory}/runc"
   [plugins."io.containerd.grpc.v1.cri".cni]
     bin_dir = "/usr/lib/cni"
     conf_dir = "{directory}/cni"

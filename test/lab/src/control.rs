@@ -55,6 +55,9 @@ impl Flow {
 /// `router status --json`.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Status {
+    /// Its process id, if it is reached.
+    #[serde(default)]
+    pub forwarder: Option<u32>,
     /// Connections that are known.
     pub flows: u64,
     pub swapped: u64,

@@ -17,6 +17,7 @@
 
 mod api_server;
 mod cgroup;
+mod cluster;
 mod control;
 mod direct;
 mod fault;
@@ -46,6 +47,7 @@ use anyhow::{Context, Result};
 
 pub use api_server::ApiServer;
 pub use cgroup::Cgroup;
+pub use cluster::{Cluster, PATIENCE};
 pub use control::{Flow, Peer, Status};
 pub use direct::Direct;
 pub use fault::{Cut, leave_descriptors, limit_descriptors};

@@ -124,3 +124,16 @@ fn a_command_without_a_running_router_says_so() -> Result<()> {
     ensure!(format!("{error:#}").contains("router.sock"), "{error:#}");
     Ok(())
 }
+
+#[test]
+fn a_look_at_the_host_does_not_disturb_a_router_that_runs() -> Result<()> {
+    let lab = Lab::new("check-beside")?;
+    lab.h1.start_forwarder()?;
+    lab.h1.start_router(&RouterOptions::default())?;
+    lab.h1.wait_for_status("the forwarder is reached", |status| status.forwarder.is_some())?;
+    lab.h1.ask(&["check"])?;
+    // The answer to a question asked later shows that it had time to notice.
+    lab.h1.ask(&["flows"])?;
+    ensure!(!lab.h1.router_log().contains("the forwarder is lost"), "{}", lab.h1.router_log());
+    Ok(())
+}

@@ -15,6 +15,32 @@ use crate::program;
 /// busybox and `stream`; by itself it sleeps, as the first process of a pod does.
 pub const LAB_IMAGE: &str = "docker.io/lab/programs:1";
 
+/// $1: the root that is made; then packages.
+const PACKAGES: &str = r#"
+set -euo pipefail
+root=$1
+shift
+mkdir -p "$root"/{usr/{bin,sbin,lib,lib64},dev,proc,sys,run,root,tmp,var/tmp,etc}
+for name in bin sbin lib lib64; do ln -s "usr/$name" "$root/$name"; done
+for package in "$@"; do
+    [[ $(dpkg-query -W -f '${db:Status-Status}' "$package") == installed ]]
+done
+apt-cache depends --recurse --installed --important "$@" | grep '^[a-z0-9]' | sort -u |
+    while read -r package; do dpkg -L "$package" 2>/dev/null || true; done |
+    grep -v -e '^/usr/share/\(doc\|man\|locale\|info\|lintian\|perl\)' -e '^/\.$' | sort -u |
+    while read -r path; do [[ -d $path && ! -L $path ]] || [[ ! -e $path && ! -L $path ]] || echo "$path"; done |
+    sed 's,^/\(bin\|sbin\|lib\|lib64\)/,/usr/\1/,' | sort -u >"$root.list"
+# Made when they were installed, so no package's.
+{
+    find /usr/bin /usr/sbin -lname '/etc/alternatives/*'
+    for path in /etc/alternatives/* /etc/{passwd,group,nsswitch.conf,ld.so.cache,ssl/openssl.cnf,ssh/ssh_config,ssh/sshd_config}; do
+        [[ ! -e $path && ! -L $path ]] || echo "$path"
+    done
+} >>"$root.list"
+tar -C / --no-recursion --files-from <(sed 's,^/,,' "$root.list") -cf - | tar -C "$root" --keep-directory-symlink -xf -
+rm "$root.list"
+"#;
+
 pub struct Image;
 
 impl Image {
@@ -30,6 +56,18 @@ impl Image {
         Image::pack(directory, &root, LAB_IMAGE, &entrypoint)
     }
 
+    /// Makes an image of Debian packages that are installed here, and of all that they need: without package manager,
+    /// manuals, and what installing them has configured but for a few files.
+    pub fn of_packages(directory: &Path, name: &str, packages: &[&str]) -> Result<PathBuf> {
+        let root = directory.join("packages");
+        let script = directory.join("packages.sh");
+        std::fs::write(&script, PACKAGES)?;
+        run(Command::new("bash").arg(&script).arg(&root).args(packages))?;
+        let image = Image::pack(directory, &root, name, &["/bin/bash"])?;
+        std::fs::remove_dir_all(&root)?;
+        Ok(image)
+    }
+
     /// Makes a tar, as `docker save` does, of a directory.
     pub fn pack(directory: &Path, root: &Path, name: &str, entrypoint: &[&str]) -> Result<PathBuf> {
         let (layer, image) = (directory.join("layer.tar"), directory.join("image.tar"));
@@ -38,7 +76,7 @@ impl Image {
         let digest = digest.split(' ').next().context("no digest")?;
         let config = json!({
             "architecture": "amd64", "os": "linux",
-            "config": { "Entrypoint": entrypoint, "Env": ["PATH=/bin"] },
+            "config": { "Entrypoint": entrypoint, "Env": ["PATH=/usr/bin:/bin:/usr/sbin"] },
             "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{digest}")] },
         });
         let manifest = json!([{ "Config": "config.json", "RepoTags": [name], "Layers": ["layer.tar"] }]);

@@ -36,7 +36,7 @@ packages=$(grep -rl --include='*.go' '^// +k8s:openapi-gen=true' staging/src/k8s
 "$work/openapi-gen" --logtostderr -i "$packages" -p k8s.io/kubernetes/pkg/generated/openapi -O zz_generated.openapi \
     -h vendor/k8s.io/code-generator/hack/boilerplate.go.txt -r "$work/violations"
 
-flags="-s -w -X k8s.io/component-base/version.gitVersion=v$version"
-flags+=" -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=20"
+of=k8s.io/kubernetes/vendor/k8s.io/component-base/version
+flags="-s -w -X $of.gitVersion=v$version -X $of.gitMajor=1 -X $of.gitMinor=20"
 nice go build -ldflags "$flags" -o "$work/kube-apiserver" ./cmd/kube-apiserver
 mv "$work/kube-apiserver" "$server"
