@@ -348,9 +348,8 @@ impl Ledger {
 
     /// The connection that routers call so, seen from this end.
     pub fn named(&self, name: Tuple) -> Option<Tuple> {
-        let is_its_own = |flow: &&Box<Flow>| flow.translated.is_none();
-        let translated = self.translated.get(&name).copied();
-        translated.or_else(|| self.flows.get(&name).filter(is_its_own).map(|flow| flow.tuple))
+        let own = || self.get(name).filter(|flow| flow.translated.is_none()).map(|flow| flow.tuple);
+        self.translated.get(&name).copied().or_else(own)
     }
 
     /// The other end of this connection, if it is here: each has the addresses that the other sees.

@@ -89,8 +89,8 @@ fn an_address_is_free_when_its_connection_has_ended() -> Result<()> {
 /// How a connection is translated on the way. PORT and SERVER stand for those of the connection.
 struct Translation {
     family: Family,
-    /// nftables' chains in the client's host.
-    chains: &'static str,
+    /// nftables' chains in the client's host, and in the server's.
+    chains: [&'static str; 2],
     /// What the client connects to, if not the server.
     service: Option<&'static str>,
 }
@@ -105,7 +105,7 @@ const MASQUERADED_TO_SERVER: &str = "chain to { type nat hook prerouting priorit
 
 impl Translation {
     fn of_v4(chains: &'static str, service: Option<&'static str>) -> Translation {
-        Translation { family: Family::V4, chains, service }
+        Translation { family: Family::V4, chains: [chains, ""], service }
     }
 
     /// Runs `check` with a connection of this behaviour between the client and `server`.
@@ -113,23 +113,28 @@ impl Translation {
         &self,
         server: &Pod,
         behaviour: &'static str,
-        check: impl FnOnce(&Connection) -> Result<()>,
+        check: impl FnOnce(Connection) -> Result<()>,
     ) -> Result<()> {
         let (scene, port) = (scene()?, new_port());
-        let (host, address) = (scene.lab.h1.place(), server.address(self.family, port));
+        let address = server.address(self.family, port);
         let family = if address.is_ipv6() { "ip6" } else { "ip" };
-        let to = address.to_string();
-        let chains = self.chains.replace("SERVER:PORT", &to).replace("PORT", &port.to_string());
-        host.run_script(&["nft", "-f", "-"], &format!("table {family} translated {{\n{chains}}}\n"))?;
+        let feed = |script: &str| {
+            let hosts = scene.lab.hosts().into_iter().zip(self.chains);
+            hosts.filter(|(_, chains)| !chains.is_empty()).try_for_each(|(host, chains)| {
+                let chains = chains.replace("SERVER:PORT", &address.to_string());
+                let script = script.replace("CHAINS", &chains).replace("PORT", &port.to_string());
+                host.place().run_script(&["nft", "-f", "-"], &script)
+            })
+        };
+        feed(&format!("table {family} translated {{\nCHAINS}}\n"))?;
         let connect_to = self.service.map(|service| format!("{service}:{port}"));
         let case = Case { family: self.family, connect_to, ..Case::from(behaviour) };
         let started = Connection::start_on(port, scene.client.place(), server, &case);
         let checked = started.and_then(|mut connection| {
             connection.begin()?;
-            let checked = check(&connection);
-            connection.leave_after(checked)
+            check(connection)
         });
-        host.run_script(&["nft", "-f", "-"], &format!("delete table {family} translated\n"))?;
+        feed(&format!("delete table {family} translated\n"))?;
         checked
     }
 
@@ -137,9 +142,10 @@ impl Translation {
     fn is_kept(&self) -> Result<()> {
         for behaviour in ["options-unset", "pings"] {
             self.with(&scene()?.server, behaviour, |connection| {
-                ["host", "overlay", "host", "overlay", "host"]
+                let moved = ["host", "overlay", "host", "overlay", "host"]
                     .into_iter()
-                    .try_for_each(|path| connection.move_to(path))
+                    .try_for_each(|path| connection.move_to(path));
+                connection.leave_after(moved)
             })?;
         }
         Ok(())
@@ -159,7 +165,8 @@ fn an_ipv6_connection_to_a_service_address_keeps_it() -> Result<()> {
     let row = ADDRESSES.row("DNAT, IPv6", "likewise");
     let chains = "chain to { type nat hook prerouting priority -100\n\
                   ip6 daddr fd00:10:244:99::10 tcp dport PORT dnat to SERVER:PORT\n}\n";
-    Translation { family: Family::V6, chains, service: Some("[fd00:10:244:99::10]") }.is_kept()?;
+    Translation { family: Family::V6, chains: [chains, ""], service: Some("[fd00:10:244:99::10]") }
+        .is_kept()?;
     row.is_kept()
 }
 
@@ -182,6 +189,50 @@ fn a_connection_to_a_service_address_from_a_masqueraded_client_keeps_its_address
     row.is_kept()
 }
 
+const AT_SERVERS_HOST: &str = "chain to { type nat hook prerouting priority -100\n\
+                               ip daddr 10.244.2.99 tcp dport PORT dnat to SERVER:PORT\n}\n";
+
+#[test]
+fn a_connection_that_the_servers_host_translates_keeps_its_addresses() -> Result<()> {
+    let row = ADDRESSES.row("DNAT in the server's host", "the client's host knows of no translation");
+    Translation { family: Family::V4, chains: ["", AT_SERVERS_HOST], service: Some("10.244.2.99") }
+        .is_kept()?;
+    row.is_kept()
+}
+
+#[test]
+fn a_connection_that_both_hosts_translate_keeps_its_addresses() -> Result<()> {
+    let row = ADDRESSES.row(
+        "DNAT in both hosts",
+        "and masquerade in the client's: neither end has an address that the other knows",
+    );
+    let chains = "chain to { type nat hook prerouting priority -100\n\
+                  ip daddr 10.244.99.10 tcp dport PORT dnat to 10.244.2.99:PORT\n}\n\
+                  chain from { type nat hook postrouting priority 100\n\
+                  tcp dport PORT masquerade\n}\n";
+    Translation { family: Family::V4, chains: [chains, AT_SERVERS_HOST], service: Some(SERVICE) }
+        .is_kept()?;
+    row.is_kept()
+}
+
+#[test]
+fn a_connection_whose_source_becomes_an_address_outside_the_overlay_stays() -> Result<()> {
+    let row = ADDRESSES.row(
+        "SNAT to the host's own address",
+        "nothing tells the server's router which peer may speak for it",
+    );
+    let chains = "chain from { type nat hook postrouting priority 100\n\
+                  tcp dport PORT snat to 192.168.77.1\n}\n";
+    Translation::of_v4(chains, None).with(&scene()?.server, "pings", |connection| {
+        let refused = scene()?.lab.h1.wait_until_refused(connection.port).and_then(|reason| {
+            ensure!(reason == "peer_unknown", "refused with {reason}");
+            Ok(())
+        });
+        connection.leave_after(refused)
+    })?;
+    row.is_refused("peer_unknown")
+}
+
 #[test]
 fn a_connection_to_a_service_of_its_own_host_keeps_its_addresses() -> Result<()> {
     let row = ADDRESSES.row(
@@ -198,10 +249,11 @@ fn a_connection_to_a_service_of_its_own_host_keeps_its_addresses() -> Result<()>
     };
     for behaviour in ["options-unset", "pings"] {
         Translation::of_v4(MASQUERADED_TO_SERVER, Some(SERVICE)).with(&server, behaviour, |connection| {
-            ["host", "overlay", "host", "overlay", "host"].into_iter().try_for_each(|path| {
+            let moved = ["host", "overlay", "host", "overlay", "host"].into_iter().try_for_each(|path| {
                 host.move_to(connection.port, path)?;
                 is_on(connection.port, path)
-            })
+            });
+            connection.leave_after(moved)
         })?;
     }
     row.is_kept()
@@ -213,16 +265,19 @@ fn conntrack(action: &str, port: u16) -> Command {
     command
 }
 
-/// What connection tracking says of this port, in the client's host.
-fn tracked(port: u16) -> Result<String> {
-    scene()?.lab.h1.place().run(&mut conntrack("-L", port))
+/// For how many seconds connection tracking in the client's host keeps the connection of this port, and its state there.
+fn tracked(port: u16) -> Result<Option<(u32, String)>> {
+    let listed = scene()?.lab.h1.place().run(&mut conntrack("-L", port))?;
+    let mut words = listed.split_whitespace().skip(2);
+    let Some((seconds, state)) = words.next().zip(words.next()) else { return Ok(None) };
+    Ok(Some((seconds.parse()?, state.to_owned())))
 }
 
 #[test]
 fn a_translation_lasts_while_no_packet_passes_it() -> Result<()> {
     let row = ADDRESSES.row(
         "a translation that would be forgotten",
-        "connection tracking keeps what is idle for 10 minutes; on the host network, it is made to keep it for days",
+        "connection tracking keeps what is idle for 10 minutes; on the host network it is made to keep it for days, until the end",
     );
     let host = scene()?.lab.h1.place();
     let set = |seconds: u32| {
@@ -230,16 +285,24 @@ fn a_translation_lasts_while_no_packet_passes_it() -> Result<()> {
         host.run_script(&["sh", "-e"], &format!("echo {seconds} >{file}\n"))
     };
     set(600)?;
-    let checked =
-        Translation::of_v4(TO_SERVER, Some(SERVICE)).with(&scene()?.server, "pings", |connection| {
-            connection.move_to("host")?;
+    let server = &scene()?.server;
+    let checked = Translation::of_v4(TO_SERVER, Some(SERVICE)).with(server, "pings", |connection| {
+        let port = connection.port;
+        let is_kept = || {
             wait_for("a translation that is kept for a day", DEADLINE, || {
-                let tracked = tracked(connection.port)?;
-                let seconds = tracked.split_whitespace().nth(2).and_then(|word| word.parse::<u32>().ok());
-                Ok(seconds.is_some_and(|seconds| seconds > 24 * 3600).then_some(()))
-            })?;
-            connection.move_to("overlay")
+                Ok(tracked(port)?.is_some_and(|(seconds, _)| seconds > 24 * 3600).then_some(()))
+            })
+        };
+        let kept = ["host", "overlay", "host"].into_iter().try_for_each(|path| {
+            connection.move_to(path)?;
+            if path == "host" { is_kept() } else { Ok(()) }
         });
+        connection.leave_after(kept)?;
+        // Its sockets on the overlay tell that it is over.
+        wait_for("the translation to end", DEADLINE, || {
+            Ok(tracked(port)?.is_none_or(|(seconds, state)| state == "CLOSE" && seconds <= 10).then_some(()))
+        })
+    });
     set(432_000)?;
     checked?;
     row.is_kept()
@@ -252,15 +315,19 @@ fn a_connection_whose_translation_is_lost_stays_on_the_host_network() -> Result<
         "the entry of connection tracking is deleted while the connection is on the host network, and it shall go back",
     );
     let host = &scene()?.lab.h1;
-    Translation::of_v4(TO_SERVER, Some(SERVICE)).with(&scene()?.server, "pings", |connection| {
+    let stays = |connection: &Connection| {
         connection.move_to("host")?;
         host.place().run(&mut conntrack("-D", connection.port))?;
-        let flow = connection.flow()?;
-        let refused = host.swap_back(&flow.conn.context("a connection without a name")?);
+        let conn = connection.flow()?.conn.context("a connection without a name")?;
+        let refused = host.swap_back(&conn);
         ensure!(refused.is_err_and(|error| format!("{error:#}").contains("not_parked")), "it went back");
         host.wait_for_flow(connection.port, "without a way back", |flow| flow.way_back == Some(false))?;
         ensure!(connection.flow()?.on_host(), "it is not on the host network");
         Ok(())
+    };
+    Translation::of_v4(TO_SERVER, Some(SERVICE)).with(&scene()?.server, "pings", |connection| {
+        let stayed = stays(&connection);
+        connection.leave_after(stayed)
     })?;
     row.is_refused("not_parked")
 }
