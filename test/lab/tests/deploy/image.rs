@@ -154,7 +154,7 @@ impl Containerd<'_> {
             ]);
         }
         // Paths are the DaemonSet's own; the rest is what the ConfigMap `ebpf-router` would hold here.
-        let paths = ["ROUTER_RULES", "ROUTER_FORWARDER", "ROUTER_CONTROL", "ROUTER_PINS"];
+        let paths = ["ROUTER_RULES", "ROUTER_TLS", "ROUTER_FORWARDER", "ROUTER_CONTROL", "ROUTER_PINS"];
         for (name, value) in self.host.environment() {
             if !paths.contains(&name.as_str()) {
                 words.extend(["--env".into(), format!("{name}={}", value.to_string_lossy())]);

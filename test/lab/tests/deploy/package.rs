@@ -39,6 +39,10 @@ impl System<'_> {
         let root = lab.directory().join("debian");
         output(Command::new("cp").args(["-a", "--reflink=auto"]).arg(clean_debian()?).arg(&root))?;
         std::fs::copy(package, root.join("ebpf-router.deb"))?;
+        std::fs::create_dir(root.join("tls"))?;
+        for name in ["tls.crt", "tls.key", "ca.crt"] {
+            std::fs::copy(lab.h1.tls().join(name), root.join("tls").join(name))?;
+        }
         // Where version 1 of cgroups is mounted too, systemd takes neither.
         let mut command = Command::new("unshare");
         command.args([
@@ -99,6 +103,8 @@ fn the_package_installs_starts_upgrades_and_goes() -> Result<()> {
     let system = System::boot(&lab, &package)?;
 
     let settings = "OVERLAY_IF=overlay0\\nHOST_IF=eth0\\nROUTER_RULES=/etc/ebpf-router/rules\\n";
+    // An operator's, not the package's: neither brought nor taken away by it.
+    system.run("mkdir -p /etc/ebpf-router && cp -a /tls /etc/ebpf-router")?;
     system.run(&format!(
         "printf '{settings}' >/etc/default/ebpf-router; dpkg --force-confold --install /ebpf-router.deb"
     ))?;
@@ -120,7 +126,9 @@ fn the_package_installs_starts_upgrades_and_goes() -> Result<()> {
     system.run("systemctl stop ebpf-router")?;
     ensure!(system.pid("ebpf-forwarder")? == forwarder, "the forwarder has stopped with the router");
     system.run("systemctl start ebpf-router; dpkg --purge ebpf-router")?;
-    let left = system.run("ls -d /usr/sbin/ebpf-* /etc/ebpf-router /etc/default/ebpf-router /run/ebpf-router 2>/dev/null || true; pgrep -l 'ebpf-' || true")?;
+    let left = system.run("ls -d /usr/sbin/ebpf-* /etc/ebpf-router/rules /etc/default/ebpf-router /run/ebpf-router 2>/dev/null || true; pgrep -l 'ebpf-' || true")?;
     ensure!(left.trim().is_empty(), "left behind: {left}");
+    let own = system.run("ls /etc/ebpf-router")?;
+    ensure!(own.trim() == "tls", "in /etc/ebpf-router: {own}");
     Ok(())
 }
