@@ -20,7 +20,7 @@ const PACKAGES: &str = r#"
 set -euo pipefail
 root=$1
 shift
-mkdir -p "$root"/{usr/{bin,sbin,lib,lib64},dev,proc,sys,run,root,tmp,var/tmp,etc}
+mkdir -p "$root"/{usr/{bin,sbin,lib,lib64,local/bin},dev,proc,sys,run,root,tmp,var/tmp,etc}
 for name in bin sbin lib lib64; do ln -s "usr/$name" "$root/$name"; done
 for package in "$@"; do
     [[ $(dpkg-query -W -f '${db:Status-Status}' "$package") == installed ]]
