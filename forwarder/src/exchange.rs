@@ -23,7 +23,7 @@ use crate::{
     holders::{Descriptors, Holders, Table, plan},
     inject::{Block, Carried, Done, Gate, Lend, RECOVERY, channel},
     inspect::{FdFacts, InspectError, Inspector, SocketFacts},
-    options::{Options, SendRoom, make_room_for_carried},
+    options::{Options, SendRoom, acknowledge, make_room_for_carried},
     process::{self, RemoteFd, Tgid},
     site::{PreparedEnd, may_be_moved},
     table::{Plan, Rank, Silence, Verdict},
@@ -313,8 +313,10 @@ pub fn wait_for_carried<'a>(
 ) {
     let waiting: Vec<_> = new.filter(|(_, unread)| *unread > 0).collect();
     let missing = || -> u64 {
-        let arrived =
-            |new| inspector.socket(new).ok().flatten().map_or(u64::MAX, |facts| facts.unread_bytes());
+        let arrived = |new| {
+            acknowledge(new);
+            inspector.socket(new).ok().flatten().map_or(u64::MAX, |facts| facts.unread_bytes())
+        };
         waiting.iter().map(|(new, unread)| unread.saturating_sub(arrived(*new))).sum()
     };
     let began = Instant::now();

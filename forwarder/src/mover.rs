@@ -40,7 +40,7 @@ use crate::{
     freeze::{Frozen, next_nap},
     holders::has_fired_one_shot,
     inspect::{Inspector, SocketFacts, TCP_ESTABLISHED},
-    options::{Options, ReceiveRoom, Shallow},
+    options::{Options, ReceiveRoom, Shallow, acknowledge},
     process::{self, not_made},
     queue,
     site::{Parked, Prepared, PreparedEnd, Site, locked, report, reset, tgids_of},
@@ -609,6 +609,7 @@ impl<'a> Running<'a> {
     fn look(&mut self) -> Event {
         let looked = || -> Result<Vec<Look>, Refusal> {
             let facts = self.ends().map(|end| {
+                acknowledge(end.old.as_fd());
                 let facts = self.inspector.socket(end.old.as_fd()).map_err(|_| Refusal::InjectionFailed)?;
                 let facts = facts.ok_or(Refusal::HolderVanished)?;
                 crate::site::may_be_moved(&facts)?;

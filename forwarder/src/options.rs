@@ -341,11 +341,8 @@ impl<'a> ReceiveRoom<'a> {
         let wanted = i32::try_from(bytes).map_err(|_| Refusal::TooManyUnreadBytes)?;
         set(socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, &wanted.to_ne_bytes())?;
         set(socket, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, &wanted.to_ne_bytes())?;
-        // The kernel tells the peer of a wider window when something is read, and peeking counts as reading
-        // (tcp_cleanup_rbuf in net/ipv4/tcp.c). Without this a peer that saw no window would ask only after 200 ms.
-        let mut byte = [0];
-        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-        let _ = nix::sys::socket::recv(socket.as_raw_fd(), &mut byte, flags);
+        // A peer that saw no window would ask only after 200 ms.
+        acknowledge(socket);
         Ok(room)
     }
 }
@@ -358,6 +355,13 @@ impl Drop for ReceiveRoom<'_> {
             let _ = set(self.socket, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, &self.clamp.to_ne_bytes());
         }
     }
+}
+
+/// Tell the peer at once what has arrived, and how much room there is. The kernel does so when something is read, and peeking
+/// counts as reading (tcp_cleanup_rbuf in net/ipv4/tcp.c); while nobody reads, it acknowledges after 40 ms.
+pub fn acknowledge(socket: BorrowedFd<'_>) {
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    let _ = nix::sys::socket::recv(socket.as_raw_fd(), &mut [0], flags);
 }
 
 pub fn get_int(socket: BorrowedFd<'_>, level: i32, name: i32) -> Option<i32> {

@@ -14,7 +14,7 @@ use crate::{
     exchange::{Armed, Deal, facts_while_frozen, wait_for_carried},
     freeze::{Frozen, nap},
     inspect::{Inspector, SocketFacts},
-    options::ReceiveRoom,
+    options::{ReceiveRoom, acknowledge},
     process,
     site::{PreparedEnd, Site, report, tgids_of},
     transaction::{Look, Relation, relation, worst},
@@ -140,7 +140,10 @@ impl Local<'_> {
                 (facts, looks, Relation::Settled) => return Ok((facts, looks)),
                 (_, _, Relation::Strangers) => return Err(Refusal::NotTheSameConnection),
                 (_, _, Relation::InFlight) if Instant::now() >= deadline => return Err(Refusal::NotSettled),
-                (_, _, Relation::InFlight) => nap(began),
+                (_, _, Relation::InFlight) => {
+                    self.ends.iter().for_each(|end| acknowledge(end.old.as_fd()));
+                    nap(began);
+                }
             }
         }
     }
