@@ -134,13 +134,13 @@ fn a_stopped_process_stays_stopped() -> Result<()> {
 }
 
 const STOPPED_AND_CONTINUED: Row = SHARING.row(
-    "SIGSTOP and SIGCONT all the time",
+    "SIGSTOP and SIGCONT every two milliseconds",
     "at any moment of the moves; nobody stands still for longer because of it",
 );
 
 /// They cannot be blocked, so that they also meet a thread that is replacing its sockets.
 #[test]
-fn a_process_that_is_stopped_and_continued_all_the_time_goes_on() -> Result<()> {
+fn a_process_that_is_stopped_and_continued_again_and_again_goes_on() -> Result<()> {
     const TURNS: u32 = 30;
     let connection = Connection::enter(&"read".into())?;
     let (subject, over) = (&connection.subject, AtomicBool::new(false));
