@@ -42,10 +42,10 @@ use crate::{
     fault::{self, Point},
     foothold::{Foothold, Shelter},
     freeze::{
-        FrozenProcess, Stop, go_on, read_regs, set_signal_mask, signal_mask, stop_of, wait_for_stop,
+        FrozenProcess, Stop, go_on, nap, read_regs, set_signal_mask, signal_mask, stop_of, wait_for_stop,
         write_regs,
     },
-    process::{RemoteAddr, RemoteFd, Tid, copy_fd, not_made},
+    process::{self, RemoteAddr, RemoteFd, Tgid, Tid, copy_fd, not_made},
     table::{COMMIT, INSTALLED, Lent, Plan, Rank, Table, Verdict, WatcherPlan, msghdr_at, result_at},
 };
 
@@ -326,7 +326,7 @@ impl Block {
         }
         // A thread that has left by itself is stopped wherever it is.
         let _outliving = child::outlive();
-        let end = self.stop_at_end(deadline)?;
+        let end = self.stop_at_end(process.tgid, deadline)?;
         let _ = ptrace::setoptions(Pid::from_raw(self.tid.0), ptrace::Options::PTRACE_O_TRACESYSGOOD);
         match end {
             End::Waiting => {
@@ -340,15 +340,26 @@ impl Block {
         Ok(done)
     }
 
+    /// Until the thread waits for something, or for so long.
+    fn let_run(&self, tgid: Tgid, time: Duration) {
+        let began = Instant::now();
+        while began.elapsed() < time {
+            nap(began);
+            if !matches!(process::state(tgid, self.tid), Ok(Some('R'))) {
+                break;
+            }
+        }
+    }
+
     /// Stop the thread in the block's last wait.
-    fn stop_at_end(&self, deadline: Instant) -> Result<End, Refusal> {
+    fn stop_at_end(&self, tgid: Tgid, deadline: Instant) -> Result<End, Refusal> {
         let waited = self.foothold.at.0 + arch::waited_offset();
         let mut run = Duration::ZERO;
         loop {
             // The thread may stand in a stop that was seen already (an error before the gate): let it run first. And
             // really run: interrupted at once, it would stop again where it stands.
             let _ = go_on(libc::PTRACE_CONT, self.tid, 0);
-            std::thread::sleep(run);
+            self.let_run(tgid, run);
             run = (2 * run).clamp(STRIDE, LONGEST_STRIDE);
             let _ = ptrace::interrupt(Pid::from_raw(self.tid.0));
             match wait_for_stop(self.tid, deadline)? {
@@ -384,7 +395,7 @@ const STOPPED_FOR_MS: u8 = 1;
 const STRIDE: Duration = Duration::from_micros(10);
 
 /// And where many others want to run: a thread that is interrupted before its turn has come gets nowhere.
-const LONGEST_STRIDE: Duration = Duration::from_millis(20);
+const LONGEST_STRIDE: Duration = Duration::from_secs(1);
 
 /// Extra time to bring a thread back after a deadline has passed.
 pub const RECOVERY: Duration = Duration::from_millis(200);
