@@ -275,9 +275,9 @@ mod tests {
 
     #[test]
     fn memory_comes_from_the_region_only_within() {
-        let before = vec![1u8; 100];
+        let before = Vec::from([1u8; 100]);
         let inside = within(|_| vec![2u8; 100]);
-        let after = vec![3u8; 100];
+        let after = Vec::from([3u8; 100]);
         assert_eq!([&before[..], &inside, &after].map(lies_in_a_region), [false, true, false]);
         assert_eq!(inside, [2; 100]);
     }
