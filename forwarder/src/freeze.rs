@@ -172,14 +172,13 @@ impl Frozen {
     ) -> Result<(), Refusal> {
         let began = Instant::now();
         loop {
-            let waited_for: Vec<Tid> =
+            let waiting: Vec<Tid> =
                 self.seized.keys().filter(|tid| !stopped.contains_key(tid)).copied().collect();
-            if waited_for.is_empty() {
+            if waiting.is_empty() {
                 return Ok(());
             }
             let mut progress = false;
-            let waiting = waited_for.len();
-            for tid in waited_for {
+            for &tid in &waiting {
                 match stop_of(tid) {
                     Some(Stop::Gone) => {
                         self.seized.remove(&tid);
@@ -201,11 +200,10 @@ impl Frozen {
             if Instant::now() >= deadline {
                 return Err(Refusal::FreezeBudget);
             }
-            match progress {
-                true => {}
-                false if waiting <= FEW => child::doze(LAST_NAP),
-                false => nap(began),
+            if progress {
+                continue;
             }
+            if waiting.len() <= FEW { child::doze(LAST_NAP) } else { nap(began) }
         }
     }
 

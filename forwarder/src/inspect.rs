@@ -219,7 +219,7 @@ impl Programs {
             .chunks_exact(size)
             .map(|chunk| copy_record::<types::descriptor>(chunk).map(Descriptor::from))
             .collect();
-        // A child of ours that reads a queue (see `crate::queue`) has our descriptors, and is no holder of them.
+        // A child of ours (see `crate::child`) has our descriptors, and is no holder of them.
         let mut listed = listed?;
         let own = std::process::id() as i32;
         let our_table = listed.iter().find(|d| d.tgid == own).map(|d| d.table);

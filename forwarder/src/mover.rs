@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Carries a transaction out, of one connection or of several together: one plain thread from the first look to the thaw.
+//! Carries a transaction out, of one connection or of several together: one child from the first look to the thaw.
 //!
-//! The thread that freezes must be the one that thaws (ptrace(2)), and its end detaches whatever is left: so each
-//! transaction has a thread of its own, and that thread does nothing else. [`Remote`] executes the actions of
+//! Who freezes must be the one that thaws (ptrace(2)), and its end detaches whatever is left: so each transaction has a
+//! process of its own ([`crate::child`]), and that does nothing else. [`Remote`] executes the actions of
 //! [`crate::transaction::End`]; [`run_local`] moves both ends of connections within this host in one freeze, where no
 //! protocol is needed.
 
@@ -209,7 +209,7 @@ pub struct Remote {
 }
 
 impl Remote {
-    /// Run to the end. To be called on a thread of its own.
+    /// Run to the end. To be called in a child of its own.
     pub fn run(mut self) -> Finished {
         let ends = || self.members.iter().flat_map(|member| &member.prepared.ends);
         let processes = tgids_of(ends()).len();

@@ -597,15 +597,20 @@ fn a_translation_that_is_lost_leaves_no_way_back() {
     assert_eq!(world.view(0).way_back, Some(false));
 }
 
-#[test]
-fn a_restarted_router_knows_what_is_translated() {
-    let mut world = swapped_through_a_service();
+/// The first router is a new one; its forwarder goes on, and tells of its one swapped connection.
+fn restart_beside_what_is_parked(world: &mut World) {
     let flow = world.ledgers[0].flows().next().unwrap().clone();
     let note = Note { swap: 9, ends: vec![flow.noted()] };
     let restored = Restored { conn: flow.conn, sockets: vec![flow.socket], note, moved: Moved::default() };
     world.ledgers[0] = Ledger::new(3, world.now);
     world.at(0, Event::Parked(vec![restored]));
     world.at(0, Event::ForwarderUp);
+}
+
+#[test]
+fn a_restarted_router_knows_what_is_translated() {
+    let mut world = swapped_through_a_service();
+    restart_beside_what_is_parked(&mut world);
     world.at(1, Event::Order(tuple().reversed(), Direction::ToOverlay));
     world.expect_all(Shown::Overlay);
 }
@@ -663,12 +668,7 @@ fn a_lost_forwarder_is_a_reason_until_it_is_back() {
 #[test]
 fn a_restarted_router_knows_what_is_parked() {
     let mut world = World::swapped();
-    let flow = world.ledgers[0].flows().next().unwrap().clone();
-    let note = Note { swap: 9, ends: vec![flow.noted()] };
-    let restored = Restored { conn: flow.conn, sockets: vec![flow.socket], note, moved: Moved::default() };
-    world.ledgers[0] = Ledger::new(3, world.now);
-    world.at(0, Event::Parked(vec![restored]));
-    world.at(0, Event::ForwarderUp);
+    restart_beside_what_is_parked(&mut world);
     world.expect_all(Shown::Host);
     world.at(0, Event::Order(tuple(), Direction::ToOverlay));
     world.expect_all(Shown::Overlay);
