@@ -112,7 +112,7 @@ fn admit(site: &Arc<Site>, current: &Current, stream: UnixStream) -> Result<(), 
 }
 
 fn read_requests(session: &Arc<Session>, stream: &UnixStream) -> Result<(), SessionError> {
-    let mut reader = Reader { stream, bytes: Vec::new(), fds: VecDeque::new(), lost_fds: false };
+    let mut reader = Reader::new(stream);
     match reader.next::<Request>()? {
         Some(Request::Hello { version: VERSION }) => {}
         Some(Request::Hello { version }) => return Err(SessionError::Version { received: version }),
@@ -170,6 +170,9 @@ fn watch_parked(site: &Arc<Site>, current: &Current) -> io::Result<()> {
     Ok(())
 }
 
+/// What a reader keeps of its buffer: of all messages, only carried bytes are larger.
+const KEPT_BYTES: usize = 256 << 10;
+
 /// Frames and descriptors from the socket.
 struct Reader<'a> {
     stream: &'a UnixStream,
@@ -180,6 +183,10 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
+    fn new(stream: &UnixStream) -> Reader<'_> {
+        Reader { stream, bytes: Vec::new(), fds: VecDeque::new(), lost_fds: false }
+    }
+
     /// The next message; `None` at the end.
     fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, SessionError> {
         loop {
@@ -188,6 +195,7 @@ impl Reader<'_> {
                 if let Some(body) = rest.get(..length) {
                     let message = Frame::decode(body)?;
                     self.bytes.drain(..4 + length);
+                    self.bytes.shrink_to(KEPT_BYTES);
                     return Ok(Some(message));
                 }
             }
@@ -219,5 +227,28 @@ impl Reader<'_> {
         }
         let count = count.min(self.fds.len());
         Some(self.fds.drain(..count).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn megabytes_that_were_carried_once_take_no_memory_afterwards() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let sent = [vec![7u8; 8 << 20], vec![1, 2, 3]];
+        let frames: Vec<u8> = sent.iter().flat_map(|message| Frame::encode(message).unwrap()).collect();
+        let writing = thread::spawn(move || theirs.write_all(&frames));
+        let mut reader = Reader::new(&ours);
+        let mut received = || -> Option<Vec<u8>> { reader.next().unwrap() };
+        assert_eq!(
+            [received(), received(), received()],
+            [Some(sent[0].clone()), Some(sent[1].clone()), None]
+        );
+        assert!(reader.bytes.capacity() <= KEPT_BYTES, "{} bytes are kept", reader.bytes.capacity());
+        writing.join().unwrap().unwrap();
     }
 }
