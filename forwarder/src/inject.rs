@@ -257,10 +257,7 @@ impl Block {
             loop {
                 match wait_for_stop(self.tid, deadline)? {
                     Stop::Syscall => break,
-                    Stop::Interrupted | Stop::Group => go_on(libc::PTRACE_SYSCALL, self.tid, 0)?,
-                    // SIGSTOP cannot be blocked. The stop takes effect at the thaw.
-                    Stop::Signal(signal) => go_on(libc::PTRACE_SYSCALL, self.tid, signal)?,
-                    Stop::Gone => return Err(Refusal::HolderVanished),
+                    stop => self.go_on_from(stop, libc::PTRACE_SYSCALL)?,
                 }
             }
         }
@@ -293,7 +290,11 @@ impl Block {
         loop {
             match poll(&mut fds, STOPPED_FOR_MS) {
                 Ok(0) if Instant::now() >= deadline => return Err(Refusal::FreezeBudget),
-                Ok(0) => self.go_on_if_stopped()?,
+                Ok(0) => {
+                    if let Some(stop) = stop_of(self.tid) {
+                        self.go_on_from(stop, libc::PTRACE_CONT)?;
+                    }
+                }
                 Err(Errno::EINTR) => {}
                 Ok(_) => break,
                 Err(_) => return Err(Refusal::InjectionFailed),
@@ -303,13 +304,13 @@ impl Block {
         length.map(|length| length > 0).map_err(|_| Refusal::InjectionFailed)
     }
 
-    /// A signal that cannot be blocked (SIGSTOP), or the end of a stop (SIGCONT), has stopped the thread for us.
-    fn go_on_if_stopped(&self) -> Result<(), Refusal> {
-        match stop_of(self.tid) {
-            Some(Stop::Gone) => Err(Refusal::HolderVanished),
-            Some(Stop::Signal(signal)) => go_on(libc::PTRACE_CONT, self.tid, signal),
-            Some(Stop::Interrupted | Stop::Group | Stop::Syscall) => go_on(libc::PTRACE_CONT, self.tid, 0),
-            None => Ok(()),
+    /// From a stop that is not ours: a signal that cannot be blocked (SIGSTOP, which takes effect at the thaw), or the end
+    /// of a stop (SIGCONT).
+    fn go_on_from(&self, stop: Stop, request: libc::c_uint) -> Result<(), Refusal> {
+        match stop {
+            Stop::Gone => Err(Refusal::HolderVanished),
+            Stop::Signal(signal) => go_on(request, self.tid, signal),
+            Stop::Interrupted | Stop::Group | Stop::Syscall => go_on(request, self.tid, 0),
         }
     }
 
@@ -363,7 +364,6 @@ impl Block {
             run = (2 * run).clamp(STRIDE, LONGEST_STRIDE);
             let _ = ptrace::interrupt(Pid::from_raw(self.tid.0));
             match wait_for_stop(self.tid, deadline)? {
-                Stop::Gone => return Err(Refusal::HolderVanished),
                 Stop::Interrupted => {
                     let regs = read_regs(self.tid).map_err(|_| Refusal::HolderVanished)?;
                     if regs.rip == waited {
@@ -373,8 +373,7 @@ impl Block {
                         return Ok(End::Left);
                     }
                 }
-                Stop::Signal(signal) => go_on(libc::PTRACE_CONT, self.tid, signal)?,
-                Stop::Group | Stop::Syscall => {}
+                stop => self.go_on_from(stop, libc::PTRACE_CONT)?,
             }
         }
     }

@@ -147,10 +147,12 @@ impl Session {
         let moving = Moving { number, job, since, conns: conns.clone() };
         let (session, site) = (Arc::clone(self), Arc::clone(&self.site));
         let run = move || {
-            let teller = Arc::clone(&session);
-            let tell = Box::new(move |message: &_| teller.say(number, lead, message));
             let finished = child::run(|| match job {
-                Job::Remote(task, _) => Remote { site, members, task, mailbox, tell }.run(),
+                Job::Remote(task, _) => {
+                    let teller = Arc::clone(&session);
+                    let tell = Box::new(move |message: &_| teller.say(number, lead, message));
+                    Remote { site, members, task, mailbox, tell }.run()
+                }
                 Job::Local { budget } => run_local(&site, members, budget),
             });
             match finished {
