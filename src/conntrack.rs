@@ -160,14 +160,14 @@ fn attribute(own: Tuple) -> ConntrackAttribute {
 }
 
 fn entry(attributes: &[ConntrackAttribute]) -> Option<Entry> {
-    let original = attributes.iter().find_map(|attribute| match attribute {
-        ConntrackAttribute::CtaTupleOrig(parts) => direction(parts),
-        _ => None,
-    });
-    let reply = attributes.iter().find_map(|attribute| match attribute {
-        ConntrackAttribute::CtaTupleReply(parts) => direction(parts),
-        _ => None,
-    });
+    let (mut original, mut reply) = (None, None);
+    for attribute in attributes {
+        match attribute {
+            ConntrackAttribute::CtaTupleOrig(parts) => original = direction(parts),
+            ConntrackAttribute::CtaTupleReply(parts) => reply = direction(parts),
+            _ => {}
+        }
+    }
     Some(Entry { original: original?, reply: reply? })
 }
 
