@@ -43,9 +43,7 @@ pub struct Listing {
 }
 
 impl Listing {
-    /// Descriptors of `own`, this process, do not count.
-    pub fn new(mut descriptors: Vec<Descriptor>, own: Tgid) -> Listing {
-        descriptors.retain(|d| d.tgid != own.0);
+    pub fn new(descriptors: Vec<Descriptor>) -> Listing {
         let mut listing = Listing {
             descriptors: vec![],
             of_file: HashMap::new(),
@@ -207,7 +205,6 @@ mod tests {
 
     use super::*;
 
-    const ME: Tgid = Tgid(1);
     const ADDRESS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 1);
 
     fn tcp(tgid: i32, table: u64, fd: i32) -> Descriptor {
@@ -236,7 +233,7 @@ mod tests {
     }
 
     fn holders(listed: &[Descriptor]) -> Holders {
-        Listing::new(listed.to_vec(), ME).holders(100)
+        Listing::new(listed.to_vec()).holders(100)
     }
 
     fn watched(watchers: Vec<Watcher>) -> SocketFacts {
@@ -282,7 +279,7 @@ mod tests {
 
     #[test]
     fn a_shared_table_counts_once_but_all_its_processes_are_frozen() {
-        let holders = holders(&[tcp(10, 7, 3), tcp(11, 7, 3), tcp(1, 9, 5)]);
+        let holders = holders(&[tcp(10, 7, 3), tcp(11, 7, 3)]);
         assert_eq!(holders.tgids, [Tgid(10), Tgid(11)]);
         assert_eq!(holders.fds(), 1);
     }

@@ -346,7 +346,7 @@ impl Session {
             // No answer: an empty one would say that all connections are over.
             Err(error) => return log::error!("sockets cannot be listed: {error}"),
         };
-        self.send(&Event::Sockets { seq, sockets: sockets_in(&listed, cgroup_id, self.site.own) });
+        self.send(&Event::Sockets { seq, sockets: sockets_in(&listed, cgroup_id) });
     }
 
     /// Give up all that this router has begun.
@@ -417,13 +417,13 @@ fn conn_to_move(request: &Request) -> Option<ConnId> {
     }
 }
 
-fn sockets_in(listed: &[Descriptor], cgroup_id: u64, own: Tgid) -> Vec<SocketRecord> {
+fn sockets_in(listed: &[Descriptor], cgroup_id: u64) -> Vec<SocketRecord> {
     let tcp = || listed.iter().filter(|d| d.kind == Kind::Tcp);
     let listening: HashSet<(u32, u16)> =
         tcp().filter(|d| d.state == TCP_LISTEN).map(|d| (d.netns, d.local.port())).collect();
     let mut seen = HashSet::new();
     tcp()
-        .filter(|d| d.state != TCP_LISTEN && d.tgid != own.0 && d.cgroups.contains(&cgroup_id))
+        .filter(|d| d.state != TCP_LISTEN && d.cgroups.contains(&cgroup_id))
         .filter(|d| seen.insert(d.inode))
         .map(|d| SocketRecord {
             socket: SocketInode(d.inode),

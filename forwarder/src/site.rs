@@ -155,7 +155,7 @@ impl Site {
 
     /// All descriptors of this host but our own.
     pub fn listing(&self) -> Result<Listing, Refusal> {
-        Ok(Listing::new(self.programs.descriptors().map_err(report)?, self.own))
+        Ok(Listing::new(self.programs.descriptors().map_err(report)?))
     }
 
     /// Find who holds the sockets of `target`, and check that they may be moved.

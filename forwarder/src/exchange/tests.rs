@@ -51,8 +51,7 @@ impl Echo {
         let mut echo = Echo { child, client, programs, holders, options, old };
         echo.says_back(b"before");
         let facts = echo.facts(echo.old.as_fd());
-        let own = Tgid(std::process::id() as i32);
-        echo.holders = Listing::new(echo.programs.descriptors().unwrap(), own).holders(facts.file);
+        echo.holders = Listing::new(echo.programs.descriptors().unwrap()).holders(facts.file);
         echo
     }
 
