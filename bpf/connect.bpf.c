@@ -22,7 +22,6 @@
 #include <bpf/bpf_core_read.h>
 #include <bpf/bpf_endian.h>
 #include "event.h"
-#include "identity.h"
 #include "socket.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
@@ -177,7 +176,7 @@ static __always_inline void host_socket_closed(struct bpf_sock *sk)
 
 	if (!identity)
 		return;
-	event.swap = identity->swap;
+	event.identity = *identity;
 	if (bpf_ringbuf_output(&events, &event, sizeof(event), 0))
 		count(COUNTER_RING_FULL);
 }

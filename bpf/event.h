@@ -3,6 +3,8 @@
 #ifndef EVENT_H
 #define EVENT_H
 
+#include "identity.h"
+
 /* The first field of every record in the ring. */
 #define EVENT_CONNECTION 1
 #define EVENT_HOST_SOCKET_CLOSED 2
@@ -40,7 +42,7 @@ struct connection_event {
 struct closed_event {
 	__u32 kind;
 	__u32 padding;
-	__u64 swap; /* of its identity */
+	struct identity identity;
 };
 
 /* The first connection was established since the reader has gone to sleep. */

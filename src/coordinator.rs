@@ -207,6 +207,8 @@ impl Leave {
 struct Stop {
     by: Instant,
     leave: bool,
+    /// A connection that is not back yet, nor given up.
+    awaited: Option<Tuple>,
 }
 
 /// What a transaction needs.
@@ -285,8 +287,11 @@ pub async fn run(parts: Parts, mut inlets: Inlets) -> anyhow::Result<()> {
             _ = terminate.recv(), if stop.is_none() => stop = Some(coordinator.stop().await),
             _ = interrupt.recv(), if stop.is_none() => stop = Some(coordinator.stop().await),
         }
-        if stop.is_some_and(|Stop { by, .. }| coordinator.ledger.is_quiet() || Instant::now() >= by) {
-            break;
+        if let Some(stop) = &mut stop {
+            stop.awaited = coordinator.ledger.awaited(stop.awaited);
+            if stop.awaited.is_none() || Instant::now() >= stop.by {
+                break;
+            }
         }
     }
     coordinator.finish(stop.is_some_and(|stop| stop.leave), forwarder).await;
@@ -309,7 +314,7 @@ impl Coordinator {
 
     async fn traced(&mut self, event: TraceEvent) {
         let event = match event {
-            TraceEvent::HostSocketClosed(swap) => Event::HostSocketClosed(swap),
+            TraceEvent::HostSocketClosed(names) => Event::HostSocketClosed(names),
             TraceEvent::Connection(connection) => match self.parts.lookup.connection(&connection).await {
                 Some(learned) => Event::Learned(learned),
                 None => return,
@@ -462,7 +467,7 @@ impl Coordinator {
             rules_error: rules.error().map(str::to_owned),
             rules_errors: rules.errors(),
             kubernetes: self.parts.kubernetes.as_ref().map(|reach| reach.is_reached()),
-            flows: self.ledger.flows().count(),
+            flows: self.ledger.len(),
             swapped: self.ledger.swapped(),
             swaps: counts.swaps,
             swap_backs: counts.swap_backs,
@@ -612,7 +617,7 @@ impl Coordinator {
             log::info!("stopping; {swapped} connections go back to the overlay");
         }
         self.handle(Event::Stop { leave }).await;
-        Stop { by: Instant::now() + STOP, leave }
+        Stop { by: Instant::now() + STOP, leave, awaited: None }
     }
 
     /// A router may be stopped before it has reached its forwarder: it is waited for.

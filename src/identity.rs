@@ -17,7 +17,7 @@ use libbpf_rs::{
     skel::{OpenSkel, SkelBuilder},
 };
 
-use crate::bytes::{as_bytes, mapped};
+use crate::bytes::{as_bytes, mapped, unmapped};
 
 crate::bpf::skeleton!("identity");
 use skeleton::types;
@@ -47,6 +47,14 @@ pub struct Names {
     pub swap: u64,
     pub local: SocketAddr,
     pub remote: SocketAddr,
+}
+
+impl Names {
+    /// Of `struct identity`: addresses and ports in network order.
+    pub fn read(swap: u64, local: ([u8; 16], u16), remote: ([u8; 16], u16)) -> Names {
+        let address = |(ip, port): ([u8; 16], u16)| SocketAddr::new(unmapped(ip), u16::from_be(port));
+        Names { swap, local: address(local), remote: address(remote) }
+    }
 }
 
 pub struct Identity {

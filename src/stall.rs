@@ -6,7 +6,7 @@
 
 mod sample;
 
-use std::{io, mem::MaybeUninit, net::SocketAddr};
+use std::{io, mem::MaybeUninit};
 
 use forwarder_api::SocketInode;
 use libbpf_rs::{
@@ -16,7 +16,7 @@ use libbpf_rs::{
 
 use crate::{
     bpf::records,
-    bytes::{Plain, unmapped},
+    bytes::Plain,
     identity::{Identity, Names},
 };
 pub use sample::Sample;
@@ -64,11 +64,11 @@ impl Watch {
             .into_iter()
             .map(|record: types::host_socket| HostSocket {
                 socket: SocketInode(record.inode),
-                names: Names {
-                    swap: record.identity.swap,
-                    local: address(record.identity.local, record.identity.local_port),
-                    remote: address(record.identity.remote, record.identity.remote_port),
-                },
+                names: Names::read(
+                    record.identity.swap,
+                    (record.identity.local, record.identity.local_port),
+                    (record.identity.remote, record.identity.remote_port),
+                ),
                 sample: Sample {
                     unacknowledged_bytes: record.unacknowledged_bytes,
                     retransmissions: record.retransmissions,
@@ -77,10 +77,6 @@ impl Watch {
             })
             .collect())
     }
-}
-
-fn address(ip: [u8; 16], port: u16) -> SocketAddr {
-    SocketAddr::new(unmapped(ip), u16::from_be(port))
 }
 
 // SAFETY: of `bpf/stall.h`: integers and arrays of bytes, padding explicit.

@@ -27,7 +27,10 @@ use forwarder_api::SocketInode;
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use tokio::sync::{mpsc, watch};
 
-use crate::{identity::Identity, rules::RuleSet};
+use crate::{
+    identity::{Identity, Names},
+    rules::RuleSet,
+};
 
 /// `bpf/event.h`
 const COUNTERS: u32 = 2;
@@ -36,8 +39,8 @@ const COUNTERS: u32 = 2;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TraceEvent {
     Connection(Connection),
-    /// The host socket that the swap of this number installed has left ESTABLISHED.
-    HostSocketClosed(u64),
+    /// The host socket with these names has left ESTABLISHED.
+    HostSocketClosed(Names),
 }
 
 /// Which end of the connection this host's container is.

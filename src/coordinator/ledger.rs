@@ -106,8 +106,8 @@ pub enum Event {
         sockets: HashMap<SocketInode, (u64, u64)>,
     },
     Parked(Vec<Restored>),
-    /// The host socket of this swap has left ESTABLISHED.
-    HostSocketClosed(u64),
+    /// The host socket with these names has left ESTABLISHED.
+    HostSocketClosed(Names),
     /// The swaps whose host sockets get nothing through now, all of them, and the bytes that wait there.
     Stalled(HashMap<u64, u32>),
     ForwarderUp,
@@ -267,7 +267,7 @@ impl Ledger {
             Event::Stranded(stranded) => self.take_in(stranded),
             Event::Scanned { began, sockets } => self.scanned(began, &sockets),
             Event::Parked(parked) => self.parked(parked),
-            Event::HostSocketClosed(swap) => self.host_socket_closed(swap),
+            Event::HostSocketClosed(names) => self.host_socket_closed(names),
             Event::Stalled(swaps) => self.stalled(&swaps),
             Event::ForwarderUp => {
                 self.forwarder_is_up = true;
@@ -302,9 +302,13 @@ impl Ledger {
         self.alarms.first().map(|(at, _)| *at)
     }
 
-    /// After a stop: is there nothing left to wait for?
-    pub fn is_quiet(&self) -> bool {
-        self.flows().all(|flow| flow.attempt.is_none() && flow.order.is_none())
+    /// After a stop: one that is waited for. The search goes on from where it was found `before`: of thousands, all would
+    /// be looked at whenever one is done.
+    pub fn awaited(&self, before: Option<Tuple>) -> Option<Tuple> {
+        let is_awaited = |flow: &&Flow| flow.attempt.is_some() || flow.order.is_some();
+        let first = before.and_then(|tuple| self.get(tuple));
+        let mut all = first.into_iter().chain(self.flows_after(before)).chain(self.flows());
+        all.find(is_awaited).map(|flow| flow.tuple)
     }
 
     pub fn tally(&self) -> &Tally {
@@ -323,6 +327,10 @@ impl Ledger {
     pub fn swapped(&self) -> usize {
         let first = |flow: &&Flow| flow.home != Home::SameHost || flow.decides();
         self.flows().filter(|flow| flow.on_host().is_some()).filter(first).count()
+    }
+
+    pub fn len(&self) -> usize {
+        self.flows.len()
     }
 
     pub fn flows(&self) -> impl Iterator<Item = &Flow> {
@@ -357,6 +365,11 @@ impl Ledger {
         let name = self.flows.get(&tuple)?.name();
         let mate = self.flows.get(&name.reversed())?;
         (mate.name() == tuple.reversed()).then_some(mate.tuple)
+    }
+
+    /// This end, and the other one if it is here, too.
+    fn ends_here(&self, tuple: Tuple) -> impl Iterator<Item = Tuple> + use<> {
+        [Some(tuple), self.mate(tuple)].into_iter().flatten()
     }
 
     /// One within this host goes by the end that leads.

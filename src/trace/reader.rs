@@ -28,6 +28,7 @@ use super::{
 };
 use crate::{
     bytes::{Plain, from_bytes, unmapped},
+    identity::Names,
     rules::{After, RuleSet},
 };
 
@@ -64,7 +65,7 @@ pub struct Task {
 /// A record of the ring.
 pub(super) enum Record {
     Connection(types::connection_event),
-    HostSocketClosed(u64),
+    HostSocketClosed(Names),
     Birth,
     Odd,
 }
@@ -238,7 +239,7 @@ impl Reader<'_, '_> {
         for record in self.records.take() {
             match record {
                 Record::Birth => self.births_due = Some(Instant::now() + self.period()),
-                Record::HostSocketClosed(swap) => self.send(TraceEvent::HostSocketClosed(swap)),
+                Record::HostSocketClosed(names) => self.send(TraceEvent::HostSocketClosed(names)),
                 Record::Connection(event) => self.judge(&event),
                 Record::Odd => self.lose(),
             }
@@ -291,9 +292,10 @@ unsafe impl Plain for types::closed_event {}
 pub(super) fn decode(bytes: &[u8]) -> Record {
     let decoded = bytes.first_chunk().and_then(|kind| match u32::from_ne_bytes(*kind) {
         EVENT_CONNECTION => from_bytes(bytes).map(Record::Connection),
-        EVENT_HOST_SOCKET_CLOSED => {
-            from_bytes(bytes).map(|event: types::closed_event| Record::HostSocketClosed(event.swap))
-        }
+        EVENT_HOST_SOCKET_CLOSED => from_bytes(bytes).map(|types::closed_event { identity: of, .. }| {
+            let names = Names::read(of.swap, (of.local, of.local_port), (of.remote, of.remote_port));
+            Record::HostSocketClosed(names)
+        }),
         EVENT_BIRTH => Some(Record::Birth),
         _ => None,
     });

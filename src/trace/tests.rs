@@ -31,7 +31,8 @@ fn the_layout_is_that_of_the_header() {
     assert_eq!(offset_of!(types::connection_event, birth), 8);
     assert_eq!(offset_of!(types::connection_event, local), 76);
     assert_eq!(offset_of!(types::connection_event, v6), 108);
-    assert_eq!(size_of::<types::closed_event>(), 16);
+    assert_eq!(size_of::<types::closed_event>(), 56);
+    assert_eq!(offset_of!(types::closed_event, identity), 8);
 }
 
 #[test]

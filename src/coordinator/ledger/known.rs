@@ -9,7 +9,7 @@ use std::{
 use forwarder_api::{ConnId, Refusal, Request, SocketInode};
 
 use super::{
-    Action, Flow, GRACE, Home, Input, Learned, Ledger, MAX_FLOWS, NotedEnd, OnHost, Path, PeerAddress,
+    Action, Flow, GRACE, Home, Input, Learned, Ledger, MAX_FLOWS, Names, NotedEnd, OnHost, Path, PeerAddress,
     PeerSays, Restored, Stranded, Traffic, Tuple,
 };
 
@@ -200,12 +200,12 @@ impl Ledger {
         }
     }
 
-    pub(super) fn host_socket_closed(&mut self, swap: u64) {
-        let of_swap = |flow: &&Flow| flow.on_host().is_some_and(|on_host| on_host.swap == swap);
-        let closed: Vec<Tuple> = self.flows().filter(of_swap).map(|flow| flow.tuple).collect();
-        for tuple in closed {
-            if !self.is_in_a_move(tuple) {
-                self.forget(tuple);
+    pub(super) fn host_socket_closed(&mut self, names: Names) {
+        let tuple = Tuple { local: names.local, remote: names.remote };
+        let of_swap = |flow: &Flow| flow.on_host().is_some_and(|on_host| on_host.swap == names.swap);
+        for end in self.ends_here(tuple) {
+            if self.get(end).is_some_and(of_swap) && !self.is_in_a_move(end) {
+                self.forget(end);
             }
         }
     }
@@ -241,8 +241,11 @@ impl Ledger {
     }
 
     pub(super) fn no_way_back(&mut self, conn: ConnId) {
-        for flow in self.flows.values_mut().filter(|flow| flow.conn == conn) {
-            if let Path::Host(on_host) = &mut flow.path {
+        let Some(tuple) = self.conns.get(&conn).copied() else { return };
+        for end in self.ends_here(tuple) {
+            if let Some(flow) = self.flows.get_mut(&end).filter(|flow| flow.conn == conn)
+                && let Path::Host(on_host) = &mut flow.path
+            {
                 on_host.way_back = false;
             }
         }

@@ -288,7 +288,7 @@ impl Ledger {
     }
 
     pub(super) fn order_failed(&mut self, tuple: Tuple, reason: Refusal) {
-        for end in [Some(tuple), self.mate(tuple)].into_iter().flatten() {
+        for end in self.ends_here(tuple) {
             let Some(flow) = self.flows.get_mut(&end) else { continue };
             if end != tuple && flow.home != Home::SameHost {
                 continue;

@@ -251,12 +251,18 @@ fn of_too_many_connections_each_gets_its_turn_also_after_a_refusal() {
     }
     world.refusals[0].extend([Refusal::UnseenReference; 50]);
     world.at(0, Event::Stop { leave: false });
+    let last = world.ledgers[0].flows().last().map(|flow| flow.tuple);
+    for before in [None, last] {
+        assert!(world.ledgers[0].awaited(before).is_some());
+    }
     for _ in 0..20 {
         world.end_moves();
         world.wait(Duration::from_millis(100));
     }
     assert_eq!(world.ledgers[0].swapped(), 0);
-    assert!(world.ledgers[0].is_quiet());
+    for before in [None, last] {
+        assert_eq!(world.ledgers[0].awaited(before), None);
+    }
 }
 
 #[test]
@@ -371,7 +377,7 @@ fn a_stop_of_either_host_takes_all_back_and_comes_to_rest() {
         let mut world = World::swapped();
         world.at(host, Event::Stop { leave: false });
         world.expect_all(Shown::Overlay);
-        assert!(world.ledgers[host].is_quiet());
+        assert_eq!(world.ledgers[host].awaited(None), None);
         let (stopped, other) = (Refusal::Stopping, Refusal::PeerGone);
         let expected = if host == 0 { [stopped, other] } else { [other, stopped] };
         world.expect_reasons(expected[0], expected[1]);
@@ -383,7 +389,7 @@ fn a_stop_that_leaves_moves_nothing() {
     let mut world = World::swapped();
     world.at(0, Event::Stop { leave: true });
     world.expect_all(Shown::Host);
-    assert!(world.ledgers[0].is_quiet());
+    assert_eq!(world.ledgers[0].awaited(None), None);
 }
 
 #[test]
@@ -391,7 +397,7 @@ fn a_stop_without_the_peer_comes_to_rest() {
     let mut world = World::swapped();
     world.at(0, Event::PeerDown(THERE));
     world.at(0, Event::Stop { leave: false });
-    assert!(world.ledgers[0].is_quiet());
+    assert_eq!(world.ledgers[0].awaited(None), None);
     assert_eq!(world.ledgers[0].swapped(), 1);
 }
 
@@ -427,9 +433,10 @@ fn labels_that_come_late_decide_as_if_they_had_been_there() {
 fn the_end_of_a_host_socket_releases_what_is_parked() {
     let mut world = World::swapped();
     let swap = world.ledgers[0].flows().next().and_then(Flow::on_host).map(|on_host| on_host.swap).unwrap();
-    world.at(0, Event::HostSocketClosed(swap + 1));
+    let names = Names { swap, local: tuple().local, remote: tuple().remote };
+    world.at(0, Event::HostSocketClosed(Names { swap: swap + 1, ..names }));
     assert_eq!(world.ledgers[0].views().len(), 1, "another swap's socket is not this one's");
-    world.at(0, Event::HostSocketClosed(swap));
+    world.at(0, Event::HostSocketClosed(names));
     assert!(world.ledgers[0].views().is_empty());
     assert_eq!(world.released[0].len(), 1);
 }
