@@ -11,13 +11,15 @@ use std::{
 use forwarder_api::{Event, Frame, FrameError, Request, VERSION};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, Interest},
+    io::{AsyncReadExt, AsyncWriteExt, BufReader, Interest},
     net::{
         UnixStream,
         unix::{OwnedReadHalf, OwnedWriteHalf},
     },
     sync::mpsc,
 };
+
+type Reader = BufReader<OwnedReadHalf>;
 
 const RETRY: Duration = Duration::from_millis(200);
 
@@ -82,8 +84,9 @@ pub async fn reach(path: PathBuf, events: mpsc::Sender<ForwarderEvent>) {
     }
 }
 
-async fn connect(path: &Path) -> Result<(OwnedReadHalf, OwnedWriteHalf, u32), LinkError> {
-    let (mut reader, mut writer) = UnixStream::connect(path).await?.into_split();
+async fn connect(path: &Path) -> Result<(Reader, OwnedWriteHalf, u32), LinkError> {
+    let (reader, mut writer) = UnixStream::connect(path).await?.into_split();
+    let mut reader = BufReader::new(reader);
     writer.write_all(&Frame::encode(&Request::Hello { version: VERSION })?).await?;
     match next(&mut reader).await? {
         Event::Hello { version: VERSION, pid } => Ok((reader, writer, pid)),
@@ -92,7 +95,7 @@ async fn connect(path: &Path) -> Result<(OwnedReadHalf, OwnedWriteHalf, u32), Li
     }
 }
 
-async fn listen(mut reader: OwnedReadHalf, events: &mpsc::Sender<ForwarderEvent>) -> Result<(), LinkError> {
+async fn listen(mut reader: Reader, events: &mpsc::Sender<ForwarderEvent>) -> Result<(), LinkError> {
     loop {
         let event = next(&mut reader).await?;
         if events.send(ForwarderEvent::Said(event)).await.is_err() {
@@ -101,7 +104,7 @@ async fn listen(mut reader: OwnedReadHalf, events: &mpsc::Sender<ForwarderEvent>
     }
 }
 
-async fn next(reader: &mut OwnedReadHalf) -> Result<Event, LinkError> {
+async fn next(reader: &mut Reader) -> Result<Event, LinkError> {
     let mut head = [0; 4];
     reader.read_exact(&mut head).await?;
     let mut body = vec![0; Frame::body_length(head)?];

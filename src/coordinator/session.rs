@@ -54,6 +54,8 @@ const MAX_STRANGERS: usize = 1024;
 const MAX_SESSIONS: usize = 1024;
 /// Messages on their way to a peer. A peer that takes no more is lost, so that nothing is dropped from between.
 const QUEUE: usize = 1 << 18;
+/// Of these, so many go at once: each write costs a record of TLS and a way through the kernel.
+const AT_ONCE: usize = 64;
 
 /// What comes from the sessions.
 pub enum SessionEvent {
@@ -288,18 +290,19 @@ async fn speak(
 ) -> Result<(), SessionError> {
     let (mut reader, mut writer) = split(stream);
     let mut said = [0; 1];
+    let mut messages = Vec::new();
     loop {
         tokio::select! {
-            message = queue.recv() => match message {
-                Some(message) => {
-                    writer.write_all(&wire::encode(&message)?).await?;
-                    writer.flush().await?;
-                }
-                None => {
+            count = queue.recv_many(&mut messages, AT_ONCE) => {
+                if count == 0 {
                     // All that was said arrives.
                     let _ = writer.shutdown().await;
                     return Ok(());
                 }
+                let frames: Result<Vec<Vec<u8>>, WireError> =
+                    messages.drain(..).map(|message| wire::encode(&message)).collect();
+                writer.write_all(&frames?.concat()).await?;
+                writer.flush().await?;
             },
             read = reader.read(&mut said) => match read {
                 Ok(0) => return Ok(()),
