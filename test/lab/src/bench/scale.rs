@@ -44,6 +44,10 @@ const SIZES: [(&str, usize); 6] = [
 /// What is not swapped by then does not count.
 const LIMIT: Duration = Duration::from_secs(30);
 
+/// Between two looks at how many are swapped.
+const SHORTEST_LOOK: Duration = Duration::from_millis(5);
+const LONGEST_LOOK: Duration = Duration::from_millis(100);
+
 fn parts(_: &Setting) -> Result<Vec<Part>> {
     let part = |(case, connections)| {
         Part::new(case, move |run| measure(run, case, connections)).by(&[Way::Router]).with_own_routers()
@@ -103,7 +107,8 @@ fn time_of_swaps(host: &Host, connections: usize) -> Result<(usize, Duration)> {
         if swapped >= connections || now >= deadline {
             return Ok((swapped, first.elapsed()));
         }
-        std::thread::sleep(Duration::from_millis(5));
+        // To 2 %: each look costs the router more, the more connections it has.
+        std::thread::sleep((first.elapsed() / 50).clamp(SHORTEST_LOOK, LONGEST_LOOK));
     }
 }
 
