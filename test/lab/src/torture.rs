@@ -51,7 +51,7 @@ pub struct Options {
 
 const MOVERS: usize = 8;
 /// Between two orders of a mover, on average.
-const BETWEEN_ORDERS: Duration = Duration::from_millis(200);
+const BETWEEN_ORDERS: Duration = Duration::from_millis(150);
 /// How long routers may take to see that all connections are over, and what belongs to them to go.
 const REST: Duration = Duration::from_secs(45);
 const PROGRESS: Duration = Duration::from_secs(30);
