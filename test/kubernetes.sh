@@ -1,17 +1,20 @@
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
-# Builds the Kubernetes API server of Debian's source package, once, with Debian's Go: Debian has etcd and kubectl as
-# packages, but no server. It takes some minutes, and is kept in ~/.cache/ebpf-router. The tests of
-# test/lab/tests/cluster.rs start it; `./init.sh cluster` installs what this needs.
+# Builds the programs of a Kubernetes cluster from Debian's source package, once, with Debian's Go: Debian has etcd and
+# kubectl as packages, but neither servers nor kubelet. It takes some minutes, and they are kept in ~/.cache/ebpf-router.
+# The tests of test/lab/tests/cluster.rs and kubernetes.rs start them; `./init.sh cluster` installs what this needs.
 set -euo pipefail
 
 version=1.20.2
 url="http://deb.debian.org/debian/pool/main/k/kubernetes/kubernetes_1.20.5+really$version.orig.tar.gz"
 sum=b83c0780efb182d928dc63d46488a847f161f04e40a94b96bf5247dd671ecdfc
 cache=$HOME/.cache/ebpf-router
-server=$cache/kube-apiserver
 
-[[ ! -x $server ]] || exit 0
+missing=()
+for program in kube-apiserver kube-controller-manager kube-scheduler kubelet; do
+    [[ $("$cache/$program" --version 2>/dev/null) == "Kubernetes v$version" ]] || missing+=("$program")
+done
+((${#missing[@]})) || exit 0
 mkdir -p "$cache"
 work=$(mktemp -d "$cache/build.XXXXXX")
 # Go makes its files read-only.
@@ -38,5 +41,6 @@ packages=$(grep -rl --include='*.go' '^// +k8s:openapi-gen=true' staging/src/k8s
 
 of=k8s.io/kubernetes/vendor/k8s.io/component-base/version
 flags="-s -w -X $of.gitVersion=v$version -X $of.gitMajor=1 -X $of.gitMinor=20"
-nice go build -ldflags "$flags" -o "$work/kube-apiserver" ./cmd/kube-apiserver
-mv "$work/kube-apiserver" "$server"
+mkdir "$work/programs"
+nice go build -ldflags "$flags" -o "$work/programs/" "${missing[@]/#/./cmd/}"
+mv "$work/programs"/* "$cache"
