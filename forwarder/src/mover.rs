@@ -21,10 +21,7 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
         eventfd::{EfdFlags, EventFd},
-        socket::{
-            MsgFlags, recv, setsockopt,
-            sockopt::{Linger, ReceiveTimeout},
-        },
+        socket::{MsgFlags, recv, setsockopt, sockopt::ReceiveTimeout},
         time::{TimeVal, TimeValLike},
     },
 };
@@ -291,11 +288,13 @@ impl Remote {
         self.members[0].prepared.direction
     }
 
-    /// The decider's end of it resets: neither host is to remember it (TIME_WAIT) for a minute.
+    /// The decider's end of it resets, and those of the others that were made for nothing: a host that remembers them for a
+    /// minute (TIME_WAIT) has no port left for the next ones after some ten thousand moves.
     fn prepare_witness(&mut self) -> nix::Result<OwnedFd> {
         let witness = self.members[0].witness.take().ok_or(nix::errno::Errno::EBADF)?;
         if self.task.role == Role::Decider {
-            setsockopt(&witness, Linger, &libc::linger { l_onoff: 1, l_linger: 0 })?;
+            let others = self.members.iter().filter_map(|member| member.witness.as_ref());
+            others.chain([&witness]).for_each(reset);
             setsockopt(&witness, ReceiveTimeout, &TimeVal::milliseconds(WITNESS_MS))?;
         }
         Ok(witness)
