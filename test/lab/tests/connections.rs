@@ -113,6 +113,27 @@ fn ten_connections_are_swapped_at_once() -> Result<()> {
 }
 
 #[test]
+fn hosts_remember_nothing_of_the_moves_of_fifty_connections() -> Result<()> {
+    let scene = Scene::with_routers("remembered")?;
+    let stream = scene.stream(PORT, "--pings --connections 50")?;
+    for host in scene.lab.hosts() {
+        wait_for("fifty connections to be swapped", DEADLINE, || {
+            Ok((host.status()?.swapped == 50).then_some(()))
+        })?;
+    }
+    scene.lab.h1.swap_back_all()?;
+    scene.wait_until_on_overlay(PORT)?;
+    for host in scene.lab.hosts() {
+        let mut ss = Command::new("ss");
+        ss.args(["-Htn", "state", "time-wait", "( sport = :1234 or dport = :1234 )"]);
+        let remembered = host.place().run(&mut ss)?;
+        ensure!(remembered.is_empty(), "on {}: {remembered}", host.name);
+    }
+    stream.finish()?;
+    Ok(())
+}
+
+#[test]
 fn a_server_that_is_started_anew_gets_its_address_back() -> Result<()> {
     let scene = Scene::with_routers("anew")?;
     let (client, server) = (scene.client.place(), scene.server.place());
