@@ -170,12 +170,17 @@ fn watch_parked(site: &Arc<Site>, current: &Current) -> io::Result<()> {
     Ok(())
 }
 
-/// What a reader keeps of its buffer: of all messages, only carried bytes are larger.
+const READ_BYTES: usize = 64 << 10;
+
+/// What a reader keeps of the memory for a message: only carried bytes are more.
 const KEPT_BYTES: usize = 256 << 10;
 
 /// Frames and descriptors from the socket.
 struct Reader<'a> {
     stream: &'a UnixStream,
+    /// For one read.
+    buffer: Box<[u8]>,
+    /// Read, and no message yet.
     bytes: Vec<u8>,
     fds: VecDeque<OwnedFd>,
     /// Some did not find room here.
@@ -184,7 +189,8 @@ struct Reader<'a> {
 
 impl Reader<'_> {
     fn new(stream: &UnixStream) -> Reader<'_> {
-        Reader { stream, bytes: Vec::new(), fds: VecDeque::new(), lost_fds: false }
+        let buffer = vec![0; READ_BYTES].into();
+        Reader { stream, buffer, bytes: Vec::new(), fds: VecDeque::new(), lost_fds: false }
     }
 
     /// The next message; `None` at the end.
@@ -206,8 +212,7 @@ impl Reader<'_> {
     }
 
     fn fill(&mut self) -> io::Result<bool> {
-        let mut buffer = vec![0; 64 << 10];
-        let received = match receive(self.stream, &mut buffer) {
+        let received = match receive(self.stream, &mut self.buffer) {
             Ok(received) => received,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(true),
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(false),
@@ -215,7 +220,7 @@ impl Reader<'_> {
         };
         self.fds.extend(received.fds);
         self.lost_fds |= received.lost_fds;
-        self.bytes.extend_from_slice(&buffer[..received.length]);
+        self.bytes.extend_from_slice(&self.buffer[..received.length]);
         Ok(received.length > 0)
     }
 
