@@ -189,7 +189,7 @@ impl Fatal {
 /// How many have died at their points. Not every kind of holder passes every point: one thread needs no hold.
 fn wait_for_deaths(dying: &[(&Host, &String)]) -> u32 {
     let died = || dying.iter().filter(|(host, _)| host.forwarder_has_ended()).count();
-    let until = Instant::now() + Duration::from_secs(2);
+    let until = Instant::now() + Duration::from_secs(4);
     while Instant::now() < until && died() < dying.len() {
         std::thread::sleep(Duration::from_millis(5));
     }
