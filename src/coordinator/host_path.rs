@@ -36,7 +36,7 @@ pub enum Family {
 /// How long a peer may take to send its token, and to be connected to.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Connections whose token has not come yet. More are closed at once.
-const MAX_STRANGERS: usize = 1024;
+const MAX_STRANGERS: usize = 4096;
 
 /// What a connection is to be for a transaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,7 +85,7 @@ impl HostPath {
     pub fn open(address: Ipv4Addr, arrived: mpsc::Sender<Arrived>) -> io::Result<HostPath> {
         let expected = Expected::default();
         let listen = |v6| -> io::Result<SocketAddr> {
-            let listener = bound(address, v6)?.listen(1024)?;
+            let listener = bound(address, v6)?.listen(MAX_STRANGERS as u32)?;
             let at = listener.local_addr()?;
             log::info!("host connections are taken on {at}");
             tokio::spawn(serve(listener, expected.clone(), arrived.clone()));

@@ -53,7 +53,7 @@ const ASK_AGAIN: Duration = Duration::from_millis(500);
 const ACCUSATION: Duration = Duration::from_secs(60);
 /// The most attempts that this router leads at once: each needs connections of its own, until it is over. Enough for the
 /// forwarder to move many together.
-const MAX_ATTEMPTS: usize = 1024;
+const MAX_ATTEMPTS: usize = 2048;
 /// The most connections that are kept. More are left alone, counted.
 const MAX_FLOWS: usize = 1 << 16;
 

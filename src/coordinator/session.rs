@@ -49,8 +49,9 @@ const SILENCE_S: u32 = 5;
 /// Between two tries to reach a peer.
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(2);
-/// Connections made to us that are not known yet, and those of peers. More are dropped.
-const MAX_STRANGERS: usize = 1024;
+/// Connections made to us that are not known yet, and those of peers. More are dropped. A peer that moves many makes one for each,
+/// at once (`ledger::MAX_ATTEMPTS`).
+const MAX_STRANGERS: usize = 4096;
 const MAX_SESSIONS: usize = 1024;
 /// Messages on their way to a peer. A peer that takes no more is lost, so that nothing is dropped from between.
 const QUEUE: usize = 1 << 18;
@@ -91,7 +92,7 @@ pub fn listen(port: u16) -> io::Result<TcpListener> {
     setsockopt(&socket, nix::sys::socket::sockopt::Ipv6V6Only, &false)?;
     socket.set_reuseaddr(true)?;
     socket.bind(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port))?;
-    socket.listen(1024)
+    socket.listen(MAX_STRANGERS as u32)
 }
 
 /// Where those who connect are led.
