@@ -63,6 +63,8 @@ pub fn redis_clients(place: &Place, address: IpAddr) -> Result<usize> {
 
 /// So many clients of redis that say nothing, connected.
 pub fn silent_redis_clients(place: &Place, address: IpAddr, count: usize) -> Result<Process> {
+    // Else the ports of those before them would be missing for a minute.
+    place.run_script(&["sh", "-e"], "echo 1 >/proc/sys/net/ipv4/tcp_tw_reuse\n")?;
     let clients = place
         .spawn("silent-clients", &mut command(&format!("redis-benchmark -h {address} -I -c {count}")))?;
     wait_for("redis-benchmark's connections", DEADLINE, || {
