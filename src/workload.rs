@@ -39,7 +39,7 @@ use runtimes::Answer;
 const MAX_KNOWN: usize = 4096;
 const MAX_ASKED: usize = 256;
 /// How long a container stays unknown that no runtime knows: another program's, such as systemd-nspawn's.
-const NOWHERE: Duration = Duration::from_secs(30);
+const NOWHERE: Duration = Duration::from_secs(5);
 /// The longest label that is kept, name and value, bytes: one of Kubernetes has up to 380. A container of Docker has
 /// those of its image too, and most that are longer are texts for people.
 const MAX_LABEL: usize = 512;
