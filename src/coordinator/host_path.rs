@@ -35,8 +35,9 @@ pub enum Family {
 
 /// How long a peer may take to send its token, and to be connected to.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// Connections whose token has not come yet. More are closed at once.
-const MAX_STRANGERS: usize = 4096;
+/// Connections to one of our listeners whose peer is not known yet. More are closed at once. A peer that moves many makes one for
+/// each of them at the same time (`ledger::MAX_ATTEMPTS`).
+pub const MAX_STRANGERS: usize = 4096;
 
 /// What a connection is to be for a transaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -27,7 +27,7 @@ use tokio::{
 };
 
 use super::{
-    host_path::{Arrived, Expected, Line, into_fd},
+    host_path::{Arrived, Expected, Line, MAX_STRANGERS, into_fd},
     wire::{self, Message, Purpose, TOKEN, Token, WireError},
 };
 use crate::{
@@ -49,9 +49,7 @@ const SILENCE_S: u32 = 5;
 /// Between two tries to reach a peer.
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(2);
-/// Connections made to us that are not known yet, and those of peers. More are dropped. A peer that moves many makes one for each,
-/// at once (`ledger::MAX_ATTEMPTS`).
-const MAX_STRANGERS: usize = 4096;
+/// Connections of peers that are known. More are dropped.
 const MAX_SESSIONS: usize = 1024;
 /// Messages on their way to a peer. A peer that takes no more is lost, so that nothing is dropped from between.
 const QUEUE: usize = 1 << 18;
