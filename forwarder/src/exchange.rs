@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Exchanges the sockets of frozen processes: checks that nothing changed since they were found, arms every process,
-//! opens the gate, and knows how to go back.
+//! loads what is to be carried, opens the gate, and knows how to go back.
 
 use std::{
     collections::BTreeMap,
     fs::File,
-    io::{Seek, Write},
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::FileExt,
+    },
     time::{Duration, Instant},
 };
 
@@ -21,7 +23,7 @@ use crate::{
     fault::{self, Point},
     freeze::{Frozen, nap},
     holders::{Descriptors, Holders, Table, plan},
-    inject::{Block, Carried, Done, Gate, Lend, RECOVERY, channel},
+    inject::{Block, Done, Gate, Lend, RECOVERY, channel},
     inspect::{FdFacts, InspectError, Inspector, SocketFacts},
     options::{Options, SendRoom, acknowledge, make_room_for_carried},
     process::{self, RemoteFd, Tgid},
@@ -152,8 +154,14 @@ pub struct Substitution<'a> {
     pub holders: &'a Holders,
     /// Those of the old one that the new one has already.
     pub options: &'a Options,
-    /// Sent into the new socket right after it is in place.
+}
+
+/// What goes from one new socket to its peer, and comes to it.
+pub struct Load {
+    /// Sent right after the socket is in place.
     pub carry: Vec<u8>,
+    /// Bytes that arrive before anybody reads.
+    pub arriving: u64,
 }
 
 /// How the processes of this end come to know that the new sockets stay.
@@ -187,7 +195,10 @@ impl<'a> Deal<'a> {
 /// Processes that wait at the gate with the new sockets in hand.
 pub struct Armed {
     gate: Gate,
+    /// The lead's first.
     blocks: Vec<(Tgid, Block)>,
+    /// A nameless one in memory, lent to the lead.
+    carried: File,
     rooms: Vec<(usize, SendRoom)>,
 }
 
@@ -200,28 +211,11 @@ impl Armed {
         deal: Deal<'_>,
         deadline: Instant,
     ) -> Result<Armed, Refusal> {
-        let mut files: Vec<(usize, OwnedFd)> = Vec::new();
-        let mut rooms = Vec::new();
-        for (index, pair) in pairs.iter().enumerate() {
+        for pair in pairs {
             in_time(deadline)?;
             pair.options.keep_up(pair.old, pair.new)?;
-            make_room_for_carried(pair.new, pair.facts.unread_bytes())?;
-            if !pair.carry.is_empty() {
-                files.push((index, memory_file(&pair.carry)?));
-                if let Some(room) = SendRoom::make(pair.new, pair.carry.len())? {
-                    rooms.push((index, room));
-                }
-            }
         }
         let plans = plans(frozen, inspector, pairs)?;
-        let carried: Vec<Carried<'_>> = files
-            .iter()
-            .map(|(socket, file)| Carried {
-                file: file.as_fd(),
-                length: pairs[*socket].carry.len(),
-                socket: *socket,
-            })
-            .collect();
         let new: Vec<BorrowedFd<'_>> = pairs.iter().map(|pair| pair.new).collect();
         let old: Vec<BorrowedFd<'_>> = pairs.iter().map(|pair| pair.old).collect();
         let verdict = deal.verdict();
@@ -229,7 +223,10 @@ impl Armed {
         // Our own ends are closed on return: an end of file says that no process has one any more.
         let barrier = if others { Some(barrier()?) } else { None };
         let ruling = if others && !matches!(verdict, Verdict::FromPeer(_)) { Some(channel()?) } else { None };
-        let mut armed = Armed { gate: Gate::new()?, blocks: Vec::new(), rooms };
+        let carried =
+            memfd_create(c"ebpf-router-carried", MFdFlags::MFD_CLOEXEC).map_err(process::not_made)?;
+        let mut armed =
+            Armed { gate: Gate::new()?, blocks: Vec::new(), carried: carried.into(), rooms: Vec::new() };
         for (index, (tgid, plan)) in plans.iter().enumerate() {
             let leads = index == 0;
             let lend = Lend {
@@ -237,7 +234,7 @@ impl Armed {
                 verdict,
                 new: &new,
                 old: &old,
-                carried: if leads { &carried } else { &[] },
+                carried: leads.then(|| armed.carried.as_fd()),
                 barrier: end_of(&barrier, leads),
                 ruling: end_of(&ruling, leads),
                 witness: deal.witness(),
@@ -257,6 +254,34 @@ impl Armed {
         }
         fault::point(Point::Armed);
         Ok(armed)
+    }
+
+    /// Take along what is to be carried to the peer of each of the `new` sockets. After an error the gate must be closed.
+    pub fn load(
+        &mut self,
+        frozen: &mut Frozen,
+        new: &[BorrowedFd<'_>],
+        loads: &[Load],
+        deadline: Instant,
+    ) -> Result<(), Refusal> {
+        let mut length = 0;
+        for (index, (new, load)) in new.iter().zip(loads).enumerate() {
+            in_time(deadline)?;
+            if load.arriving > 0 {
+                make_room_for_carried(*new, load.arriving)?;
+            }
+            if !load.carry.is_empty() {
+                self.carried.write_all_at(&load.carry, length).map_err(process::not_made)?;
+                length += load.carry.len() as u64;
+                self.rooms.extend(SendRoom::make(*new, load.carry.len())?.map(|room| (index, room)));
+            }
+        }
+        if length == 0 {
+            return Ok(());
+        }
+        let (tgid, lead) = self.blocks.first_mut().ok_or(Refusal::HolderVanished)?;
+        let process = frozen.process(*tgid).ok_or(Refusal::HolderVanished)?;
+        lead.carry(process, loads.iter().map(|load| load.carry.len()))
     }
 
     /// Open the gate, wait until the `new` sockets are in place, or until all processes have gone back by themselves.
@@ -402,18 +427,6 @@ fn plans(
 /// Not logged: something is frozen.
 fn cannot_look(_: InspectError) -> Refusal {
     Refusal::InjectionFailed
-}
-
-/// A nameless file in memory, read from its beginning.
-fn memory_file(bytes: &[u8]) -> Result<OwnedFd, Refusal> {
-    let make = || -> std::io::Result<OwnedFd> {
-        let fd = memfd_create(c"ebpf-router-carried", MFdFlags::MFD_CLOEXEC)?;
-        let mut file = File::from(fd);
-        file.write_all(bytes)?;
-        file.rewind()?;
-        Ok(file.into())
-    };
-    make().map_err(process::not_made)
 }
 
 #[cfg(test)]

@@ -46,7 +46,8 @@ use crate::{
         write_regs,
     },
     process::{self, RemoteAddr, RemoteFd, Tgid, Tid, copy_fd, not_made},
-    table::{COMMIT, INSTALLED, Lent, Plan, Rank, Table, Verdict, WatcherPlan, msghdr_at, result_at},
+    table::{Lent, Plan, Rank, Table, Verdict, WatcherPlan, call_at, msghdr_at, result_at},
+    transaction::Word,
 };
 
 /// What a process is lent for the time of the block.
@@ -55,8 +56,8 @@ pub struct Lend<'a> {
     pub verdict: Verdict,
     pub new: &'a [BorrowedFd<'a>],
     pub old: &'a [BorrowedFd<'a>],
-    /// The lead's alone.
-    pub carried: &'a [Carried<'a>],
+    /// The lead's alone: a file that is filled later, see [`Block::carry`].
+    pub carried: Option<BorrowedFd<'a>>,
     /// Where the lead waits for the others, or they tell it.
     pub barrier: Option<BorrowedFd<'a>>,
     /// Where the lead gives its verdict, or they wait for it.
@@ -64,20 +65,11 @@ pub struct Lend<'a> {
     pub witness: Option<BorrowedFd<'a>>,
 }
 
-/// A memory file whose bytes go into a new socket after the gate.
-#[derive(Clone, Copy)]
-pub struct Carried<'a> {
-    pub file: BorrowedFd<'a>,
-    pub length: usize,
-    /// Index of the new socket.
-    pub socket: usize,
-}
-
 impl Lend<'_> {
     fn lent(&self) -> Lent {
         Lent {
             sockets: self.new.len(),
-            carried: self.carried.iter().map(|carried| (carried.length, carried.socket)).collect(),
+            carried: self.carried.is_some(),
             barrier: self.barrier.is_some(),
             verdict: self.ruling.is_some(),
             witness: self.witness.is_some(),
@@ -86,10 +78,9 @@ impl Lend<'_> {
 
     /// In the order that [`Lent`] knows.
     fn descriptors(&self, gate: &Gate) -> Vec<RawFd> {
-        let files = self.carried.iter().map(|carried| &carried.file);
         let sockets = self.new.iter().chain(self.old);
-        let channels = self.barrier.iter().chain(&self.ruling).chain(&self.witness);
-        let lent = sockets.chain(files).chain(channels);
+        let others = self.carried.iter().chain(&self.barrier).chain(&self.ruling).chain(&self.witness);
+        let lent = sockets.chain(others);
         lent.map(AsRawFd::as_raw_fd).chain([gate.wait.as_raw_fd()]).collect()
     }
 }
@@ -314,6 +305,19 @@ impl Block {
         }
     }
 
+    /// While the block waits at the gate: after it, so many bytes of the lent file go to each new socket.
+    pub fn carry(
+        &mut self,
+        process: &FrozenProcess,
+        lengths: impl Iterator<Item = usize>,
+    ) -> Result<(), Refusal> {
+        let (Some(table), Some(scratch)) = (&mut self.table, process.foothold.scratch) else {
+            return Err(Refusal::HolderVanished);
+        };
+        let at = RemoteAddr(scratch.0 + call_at(table.carry.start));
+        process.memory.write(at, bytes_of(table.carry(lengths))).map_err(|_| Refusal::HolderVanished)
+    }
+
     /// After the gate was opened or closed: wait for the block's end and put the threads back where they were frozen.
     pub fn finish(self, process: &mut FrozenProcess, deadline: Instant) -> Result<Done, Refusal> {
         if !self.started {
@@ -440,7 +444,7 @@ fn head(at: u64, lent: usize) -> Vec<u8> {
         put(header + 32, &(at + control).to_ne_bytes());
         put(header + 40, &(scratch::CONTROL_HEAD + 4 * fds).to_ne_bytes());
     }
-    put(scratch::WORDS, &[COMMIT[0], INSTALLED[0]]);
+    put(scratch::WORDS, &[Word::Commit.byte(), Word::Installed.byte()]);
     put(scratch::PAIR, &[0xff; 8]);
     head
 }
@@ -455,15 +459,12 @@ fn events(plan: &Plan) -> Vec<u8> {
 
 /// The table, and a call of number zero, which ends it.
 fn calls(table: &[Call]) -> Vec<u8> {
-    let mut calls = Vec::with_capacity((table.len() + 1) * size_of::<Call>());
-    for call in table {
-        // SAFETY: Call is repr(C) without padding beyond its own field, made of integers.
-        let bytes =
-            unsafe { std::slice::from_raw_parts(std::ptr::from_ref(call).cast::<u8>(), size_of::<Call>()) };
-        calls.extend_from_slice(bytes);
-    }
-    calls.extend_from_slice(&[0; size_of::<Call>()]);
-    calls
+    [bytes_of(table), &[0; size_of::<Call>()]].concat()
+}
+
+fn bytes_of(calls: &[Call]) -> &[u8] {
+    // SAFETY: Call is repr(C) without padding beyond its own field, made of integers.
+    unsafe { std::slice::from_raw_parts(calls.as_ptr().cast::<u8>(), size_of_val(calls)) }
 }
 
 fn send_descriptors(pair: &OwnedFd, fds: &[RawFd]) -> Result<(), Refusal> {

@@ -21,7 +21,7 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
         eventfd::{EfdFlags, EventFd},
-        socket::{MsgFlags, recv, setsockopt, sockopt::ReceiveTimeout},
+        socket::{MsgFlags, recv, send, setsockopt, sockopt::ReceiveTimeout},
         time::{TimeVal, TimeValLike},
     },
 };
@@ -31,7 +31,7 @@ pub use local::run_local;
 use crate::{
     alarm::Alarms,
     exchange::{
-        Armed, Deal, SMALL_UNREAD, Substitution, discard, facts_while_frozen, look, wait_for_carried,
+        Armed, Deal, Load, SMALL_UNREAD, Substitution, discard, facts_while_frozen, look, wait_for_carried,
     },
     fault::{self, Point},
     freeze::{Frozen, next_nap},
@@ -41,8 +41,8 @@ use crate::{
     process::{self, not_made},
     queue,
     site::{Parked, Prepared, PreparedEnd, Site, locked, report, reset, tgids_of},
-    table::{COMMIT, Silence},
-    transaction::{Action, End, Event, Look, Message, Queue},
+    table::Silence,
+    transaction::{Action, End, Event, Look, Message, Queue, Word},
 };
 
 /// A connection whose queues hold more than this is made shallow before it is frozen, in bytes.
@@ -247,7 +247,8 @@ impl Remote {
             look_at: None,
             with_unread: false,
             calm_by: None,
-            awaiting_commit: false,
+            awaiting_word: false,
+            promised: false,
             heard: true,
             new_is_closed: false,
             witness_is_closed: false,
@@ -386,22 +387,16 @@ fn looks<'a>(
     ends.zip(facts).map(|(end, facts)| look(end.old.as_fd(), facts, most)).collect()
 }
 
-/// For all ends of these connections, with what the facts say and what is to be carried, of each.
-fn substitutions<'a>(
-    members: &'a [Member],
-    facts: &[SocketFacts],
-    carry: Vec<Vec<u8>>,
-) -> Vec<Substitution<'a>> {
+/// For all ends of these connections, with what the facts say of each.
+fn substitutions<'a>(members: &'a [Member], facts: &[SocketFacts]) -> Vec<Substitution<'a>> {
     let places =
         members.iter().flat_map(|member| member.prepared.ends.iter().zip(&member.new).zip(&member.options));
-    let pairs = places.zip(facts.iter().zip(carry));
-    let substitutions = pairs.map(|(((end, new), options), (facts, carry))| Substitution {
+    let substitutions = places.zip(facts).map(|(((end, new), options), facts)| Substitution {
         old: end.old.as_fd(),
         new: new.as_fd(),
         facts: facts.clone(),
         holders: &end.holders,
         options,
-        carry,
     });
     substitutions.collect()
 }
@@ -436,7 +431,8 @@ struct Running<'a> {
     look_at: Option<Instant>,
     with_unread: bool,
     calm_by: Option<Instant>,
-    awaiting_commit: bool,
+    awaiting_word: bool,
+    promised: bool,
     heard: bool,
     /// To be closed when this is over, which is at once.
     new_is_closed: bool,
@@ -477,9 +473,6 @@ impl<'a> Running<'a> {
         match action {
             Action::Tell(message) => {
                 (self.mover.tell)(&message);
-                if message == Message::Armed {
-                    fault::point(Point::Promised);
-                }
                 None
             }
             Action::MakeShallow => self.make_shallow(),
@@ -494,7 +487,10 @@ impl<'a> Running<'a> {
                 self.look_at = Some(if with_unread { now } else { now + pause });
                 None
             }
-            Action::Arm { carry } => Some(self.arm(carry).map_or_else(Event::ArmFailed, |()| Event::Armed)),
+            Action::Arm => Some(self.arm().map_or_else(Event::ArmFailed, |()| Event::Armed)),
+            Action::Load { carry } => {
+                Some(self.load(carry).map_or_else(Event::ArmFailed, |()| Event::Loaded))
+            }
             Action::OpenGate => Some(self.install().map_or_else(Event::InstallFailed, |()| Event::Installed)),
             Action::CloseGate => {
                 if let (Some(armed), Some(frozen)) = (self.armed.take(), &mut self.frozen) {
@@ -502,9 +498,9 @@ impl<'a> Running<'a> {
                 }
                 None
             }
-            Action::AwaitCommit => {
-                self.awaiting_commit = true;
-                self.silence_ends = Some(Instant::now() + FOLLOWER_SILENCE);
+            Action::Say(word) => self.say(word),
+            Action::AwaitWord => {
+                self.awaiting_word = true;
                 None
             }
             Action::CloseNew => {
@@ -562,6 +558,7 @@ impl<'a> Running<'a> {
 
     fn freeze(&mut self) -> Result<Vec<Look>, Refusal> {
         self.silence_ends = None;
+        self.awaiting_word = false;
         let tgids = tgids_of(self.ends());
         if process::any_share_memory(&tgids) {
             return Err(Refusal::SharedMemory);
@@ -629,18 +626,25 @@ impl<'a> Running<'a> {
         }
     }
 
-    fn pairs(&self, carry: Vec<Vec<u8>>) -> Vec<Substitution<'a>> {
-        substitutions(&self.mover.members, &self.facts, carry)
-    }
-
-    fn arm(&mut self, carry: Vec<Vec<u8>>) -> Result<(), Refusal> {
-        self.times.settled = Some(Instant::now());
-        let pairs = self.pairs(carry);
+    fn arm(&mut self) -> Result<(), Refusal> {
+        let pairs = substitutions(&self.mover.members, &self.facts);
         let frozen = self.frozen.as_mut().ok_or(Refusal::HolderVanished)?;
         let deadline = Instant::now() + self.mover.task.budget;
         let deal = self.mover.deal(self.witness);
         self.armed = Some(Armed::arm(frozen, &self.inspector, &pairs, deal, deadline)?);
         Ok(())
+    }
+
+    fn load(&mut self, carry: Vec<Vec<u8>>) -> Result<(), Refusal> {
+        self.times.settled = Some(Instant::now());
+        let new: Vec<BorrowedFd<'_>> = self.new_sockets().map(OwnedFd::as_fd).collect();
+        let arriving = self.facts.iter().map(SocketFacts::unread_bytes);
+        let loads: Vec<Load> =
+            carry.into_iter().zip(arriving).map(|(carry, arriving)| Load { carry, arriving }).collect();
+        let (Some(frozen), Some(armed)) = (&mut self.frozen, &mut self.armed) else {
+            return Err(Refusal::HolderVanished);
+        };
+        armed.load(frozen, &new, &loads, Instant::now() + self.mover.task.budget)
     }
 
     fn install(&mut self) -> Result<(), Refusal> {
@@ -678,7 +682,7 @@ impl<'a> Running<'a> {
             return events.push_back(self.look());
         }
         let budget_ends =
-            self.times.began.filter(|_| !self.awaiting_commit).map(|began| began + self.mover.task.budget);
+            self.times.began.filter(|_| !self.promised).map(|began| began + self.mover.task.budget);
         if budget_ends.is_some_and(|at| now >= at) {
             return events.push_back(Event::BudgetOver);
         }
@@ -686,10 +690,10 @@ impl<'a> Running<'a> {
             self.silence_ends = None;
             return events.push_back(Event::SilenceOver);
         }
-        if self.awaiting_commit
-            && let Some(event) = self.read_commit()
+        if self.awaiting_word
+            && let Some(event) = self.read_word()
         {
-            self.awaiting_commit = false;
+            self.awaiting_word = false;
             return events.push_back(event);
         }
         let soon = self.calm_by.map(|_| now + CALM_POLL);
@@ -699,7 +703,7 @@ impl<'a> Running<'a> {
     }
 
     fn sleep(&self, time: Duration) {
-        if time < Duration::from_millis(1) && !self.awaiting_commit {
+        if time < Duration::from_millis(1) && !self.awaiting_word {
             // Shorter than poll(2) can tell: only the mailbox may have news, and it is looked at right after.
             if locked(&self.mover.mailbox.letters).is_empty() {
                 std::thread::sleep(time.min(SETTLE_POLL));
@@ -707,7 +711,7 @@ impl<'a> Running<'a> {
             return;
         }
         let mut fds = vec![PollFd::new(self.mover.mailbox.bell.as_fd(), PollFlags::POLLIN)];
-        if self.awaiting_commit {
+        if self.awaiting_word {
             fds.push(PollFd::new(self.witness.as_fd(), PollFlags::POLLIN));
         }
         let _ = poll(&mut fds, PollTimeout::from(time.as_millis().clamp(1, 1000) as u16));
@@ -721,10 +725,23 @@ impl<'a> Running<'a> {
         }
     }
 
-    fn read_commit(&self) -> Option<Event> {
+    fn say(&mut self, word: Word) -> Option<Event> {
+        if word == Word::Promise {
+            self.promised = true;
+            self.silence_ends = Some(Instant::now() + FOLLOWER_SILENCE);
+        }
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        let said = send(self.witness.as_raw_fd(), &[word.byte()], flags);
+        if word == Word::Promise {
+            fault::point(Point::Promised);
+        }
+        said.is_err().then_some(Event::WitnessEnded)
+    }
+
+    fn read_word(&self) -> Option<Event> {
         let mut byte = [0];
         match recv(self.witness.as_raw_fd(), &mut byte, MsgFlags::MSG_DONTWAIT) {
-            Ok(1) if byte == *COMMIT => Some(Event::Commit),
+            Ok(1) => Some(Word::of(byte[0]).map_or(Event::WitnessEnded, Event::Heard)),
             Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EINTR) => None,
             Ok(_) | Err(_) => Some(Event::WitnessEnded),
         }

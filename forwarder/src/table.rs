@@ -68,10 +68,6 @@ pub enum Silence {
     Keep,
 }
 
-/// The words on the witness.
-pub const COMMIT: &[u8; 1] = b"C";
-pub const INSTALLED: &[u8; 1] = b"I";
-
 /// A process's place among those of its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rank {
@@ -87,9 +83,8 @@ pub enum Rank {
 pub struct Lent {
     /// Pairs of old and new sockets.
     pub sockets: usize,
-    /// Lengths of the carried bytes (lead only), and the new socket that they go to.
-    pub carried: Vec<(usize, usize)>,
-    /// Is there a barrier, does the lead's verdict go over a socket, is there a witness?
+    /// Is there a file of carried bytes (lead only), a barrier, does the lead's verdict go over a socket, is there a witness?
+    pub carried: bool,
     pub barrier: bool,
     pub verdict: bool,
     pub witness: bool,
@@ -97,9 +92,9 @@ pub struct Lent {
 
 impl Lent {
     pub fn count(&self) -> usize {
-        let flags = [self.barrier, self.verdict, self.witness];
+        let flags = [self.carried, self.barrier, self.verdict, self.witness];
         // And the gate, which comes last: a process that has too few free descriptors does not pass it.
-        2 * self.sockets + self.carried.len() + flags.iter().filter(|is| **is).count() + 1
+        2 * self.sockets + flags.iter().filter(|is| **is).count() + 1
     }
 
     /// Messages that they arrive in.
@@ -119,16 +114,16 @@ impl Lent {
         Self::slot(self.sockets + index)
     }
 
-    fn carried_file(&self, index: usize) -> u64 {
-        Self::slot(2 * self.sockets + index)
+    fn carried(&self) -> u64 {
+        Self::slot(2 * self.sockets)
     }
 
     fn barrier(&self) -> u64 {
-        Self::slot(2 * self.sockets + self.carried.len())
+        Self::slot(2 * self.sockets + usize::from(self.carried))
     }
 
     fn verdict(&self) -> u64 {
-        Self::slot(2 * self.sockets + self.carried.len() + usize::from(self.barrier))
+        Self::slot(2 * self.sockets + usize::from(self.carried) + usize::from(self.barrier))
     }
 
     fn witness(&self) -> u64 {
@@ -148,6 +143,8 @@ pub struct Table {
     pub receive: Range<usize>,
     /// Maps the shelter, if one was asked for.
     pub shelter: Option<usize>,
+    /// Each sends what is carried to one connection: nothing, as long as [`Table::carry`] was not called.
+    pub carry: Range<usize>,
     /// Made only if the new sockets stay.
     pub kept: usize,
     /// Where the peer's word on the witness is waited for: one byte if it has come.
@@ -221,15 +218,13 @@ impl Table {
             }
             Rank::Lead { others: false } => {}
         }
-        for (index, (length, socket)) in lent.carried.iter().enumerate() {
-            // Until the memory file is at its end. The exact length: a larger one would make sendfile(2) say
-            // MSG_MORE, and TCP keep the last segment back for 200 ms.
-            let (to, from) = (lent.new_socket(*socket), lent.carried_file(index));
-            let send = Call::new(libc::SYS_sendfile, &[0, 0, 0, *length as u64]);
-            let send = send.indirect(0, to).indirect(1, from);
-            draft.call(send.at_least(1)).then_again();
+        let first = draft.calls.len();
+        for socket in 0..if lent.carried { lent.sockets } else { 0 } {
+            let send = Call::new(libc::SYS_sendfile, &[0, 0, 0, 0]);
+            let send = send.indirect(0, lent.new_socket(socket)).indirect(1, lent.carried());
             draft.call(send.at_least(0)).or(undo);
         }
+        let carry = first..draft.calls.len();
         let word = draft.verdict(rank, verdict, lent, (undo, kept), &peek, &say);
 
         draft.place(undo);
@@ -265,13 +260,29 @@ impl Table {
         draft.call(report());
         draft.call(close(scratch::PAIR));
         draft.place(end);
-        Table { calls: draft.finish(), receive, shelter, kept, word, over }
+        Table { calls: draft.finish(), receive, shelter, carry, kept, word, over }
     }
+
+    /// So many bytes go to each connection, in their order in the file. The calls that send them, changed.
+    pub fn carry(&mut self, lengths: impl Iterator<Item = usize>) -> &[Call] {
+        let calls = &mut self.calls[self.carry.clone()];
+        for (call, length) in calls.iter_mut().zip(lengths) {
+            // No more than there is: sendfile(2) would say MSG_MORE, and TCP keep the last segment back for 200 ms.
+            call.args[3] = length as u64;
+            call.least = length as i64;
+        }
+        calls
+    }
+}
+
+/// Where in the scratch memory a call is.
+pub fn call_at(call: usize) -> u64 {
+    scratch::CALLS + (call * size_of::<Call>()) as u64
 }
 
 /// Where in the scratch memory the result of a call is.
 pub fn result_at(call: usize) -> u64 {
-    scratch::CALLS + (call * size_of::<Call>() + std::mem::offset_of!(Call, result)) as u64
+    call_at(call) + std::mem::offset_of!(Call, result) as u64
 }
 
 /// Where in the scratch memory the `struct msghdr` of a part is.
@@ -321,10 +332,6 @@ impl Added<'_> {
     fn then(self, label: Label) -> Self {
         self.draft.successes.push((self.index, label));
         self
-    }
-
-    fn then_again(self) {
-        self.draft.calls[self.index].on_success = self.index as u16 + 1;
     }
 }
 
@@ -419,12 +426,14 @@ mod tests {
         let others = rank != Rank::Lead { others: false };
         let lent = Lent {
             sockets: 1,
-            carried: if rank == Rank::Other { vec![] } else { vec![(3, 0)] },
+            carried: rank != Rank::Other,
             barrier: others,
             verdict: others && !matches!(verdict, Verdict::FromPeer(_)),
             witness: verdict != Verdict::Own,
         };
-        (Table::new(0x1000, &plan, rank, verdict, &lent, 0), lent)
+        let mut table = Table::new(0x1000, &plan, rank, verdict, &lent, 0);
+        table.carry([1].into_iter());
+        (table, lent)
     }
 
     /// What a block would do if its calls came to what `result` says: the calls made, as (number, first argument).
@@ -433,11 +442,7 @@ mod tests {
         while let Some(call) = table.calls.get(at) {
             let number = i64::from(call.number_plus_one) - 1;
             assert!(made.len() < 1000, "it never ends");
-            let result = if number == libc::SYS_sendfile && made.last() == Some(&(number, call.args[0])) {
-                0
-            } else {
-                result(number, call.args[0])
-            };
+            let result = result(number, call.args[0]);
             made.push((number, call.args[0]));
             let next = if result < call.least { call.on_failure } else { call.on_success };
             at = if next == 0 { at + 1 } else { usize::from(next) - 1 };

@@ -10,11 +10,17 @@
 //!              decider                                follower
 //!   Start ──► Calming ◄───────────── Calm ─ Start ──► Waiting
 //!                │ both calm: tell Freeze               │ Freeze
+//!                ▼                                      │
+//!             Calling ◄────── F on the witness ──────── │
+//!                │ freeze                               │ freeze
 //!                ▼                                      ▼
-//!             Frozen ◄──────── looks, both ways ────► Frozen
-//!                │ settled, bytes to carry known        │ the same: arm
+//!             Arming ◄──────── looks, both ways ────► Arming
+//!                │ armed                                │ armed
 //!                ▼                                      ▼
-//!             Armed ◄────────────────── Armed ────── Promised
+//!            Settling ◄─────── looks again ─────────► Settling
+//!                │ settled, bytes to carry known: load  │ the same
+//!                ▼                                      ▼
+//!             Loaded ◄─────── P on the witness ────── Promised
 //!                │ open gate: the blocks                │
 //!                ▼ replace, carry, say      C           │
 //!             Opened ─────── on the witness ──────────► │ open gate: the blocks replace, carry, say
@@ -25,21 +31,22 @@
 //! Where the old connection carries nothing any more ([`Manner::Salvage`]) nothing can settle, and nothing needs to:
 //! ```text
 //!              decider                                follower
-//!   Start ──► Saving: tell Freeze                Start ──► Waiting
-//!                │ frozen, queue read                   │ Freeze
-//!                ▼                                      ▼
+//!   Start ──► Calling: tell Freeze               Start ──► Waiting
+//!                │ ◄───────── F on the witness ───────  │ Freeze
+//!                ▼ freeze, read queue                   ▼ freeze, read queue
 //!             Saved ◄───────── Saved, both ways ───── Saving, Saved
 //!                │ ◄───────── looks, both ways ───────► │
-//!                ▼ bytes to carry known                 ▼ the same: arm
-//!             Armed                                  Promised        and on as above
+//!                ▼ bytes to carry known: arm, load      ▼ the same
+//!             Loaded                                 Promised        and on as above
 //! ```
 //! What an end has not got acknowledged is in its own send queue; the peer's look says from where on it is missing. What
 //! of it still arrives changes nothing, because the look comes after both ends have read their queues: it tells of no
 //! less than was acknowledged by then.
 //!
-//! The *witness* is a connection between the two hosts that serves one transaction and nothing else. Its one byte each
-//! way is sent by the blocks themselves, so that no forwarder is needed between the decider's gate and the end: a block
-//! goes through to its end without its forwarder. Its end without a byte says that there will be none.
+//! The *witness* is a connection between the two hosts that serves one transaction and nothing else. `C` and `I` are said by
+//! the blocks themselves, so that no forwarder is needed between the decider's gate and the end: a block goes through to
+//! its end without its forwarder. Its end without a word says that there will be none. What forwarders say on it (`F`, `P`)
+//! comes sooner than by way of both routers, while processes stand still.
 //!
 //! Ways to fail, each ending with both ends on the old connection:
 //! * before `Promised`/the gate: either end thaws and tells the other;
@@ -81,12 +88,39 @@ pub enum Message {
     Saved,
     /// One for each connection.
     Looks(Vec<Look>),
-    /// The follower has promised to move when it sees the commit mark.
-    Armed,
     /// The sender is thawing on its old connection.
     Abort {
         reason: Refusal,
     },
+}
+
+/// What an end says on the witness, in one byte.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Word {
+    /// The follower's forwarder is about to freeze.
+    Freezing,
+    /// The follower's forwarder has promised to move when it hears the decider's `Commit`.
+    Promise,
+    /// The decider's blocks have replaced their sockets.
+    Commit,
+    /// The follower's blocks have, too.
+    Installed,
+}
+
+impl Word {
+    pub const fn byte(self) -> u8 {
+        match self {
+            Word::Freezing => b'F',
+            Word::Promise => b'P',
+            Word::Commit => b'C',
+            Word::Installed => b'I',
+        }
+    }
+
+    pub fn of(byte: u8) -> Option<Word> {
+        let words = [Word::Freezing, Word::Promise, Word::Commit, Word::Installed];
+        words.into_iter().find(|word| word.byte() == byte)
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -101,13 +135,15 @@ pub enum Event {
     Looked(Vec<Look>),
     Peer(Message),
     Armed,
+    Loaded,
+    /// The new sockets cannot be brought in, or not be loaded.
     ArmFailed(Refusal),
     Installed,
     /// The processes have gone back by themselves.
     InstallFailed(Refusal),
-    /// The decider has said `C` on the witness.
-    Commit,
-    /// The witness has ended, or said something else.
+    /// Heard on the witness.
+    Heard(Word),
+    /// The witness has ended, or said what is no word.
     WitnessEnded,
     /// The time that this end may be frozen without a promise is over.
     BudgetOver,
@@ -127,14 +163,18 @@ pub enum Action {
     LookAgain {
         with_unread: bool,
     },
-    /// Bring the new sockets into the processes, up to the gate; these bytes go out after it, on each.
-    Arm {
+    /// Bring the new sockets into the processes, up to the gate.
+    Arm,
+    /// These bytes go out after it, on each.
+    Load {
         carry: Vec<Vec<u8>>,
     },
     OpenGate,
     CloseGate,
-    /// Watch the witness for the decider's word, or its end.
-    AwaitCommit,
+    /// On the witness.
+    Say(Word),
+    /// Watch the witness for the peer's next word, or its end.
+    AwaitWord,
     /// The new connections must not be used any more.
     CloseNew,
     /// The peer may wait for a word, or the end.
@@ -151,12 +191,20 @@ pub enum Stage {
         mine: bool,
         theirs: bool,
     },
-    /// Follower: until the decider freezes.
+    /// Decider: until the follower freezes.
+    Calling,
+    /// Follower: until the decider calls.
     Waiting,
     Freezing {
         theirs: Option<Vec<Look>>,
     },
-    Frozen {
+    /// Being armed, while the first looks are on their way.
+    Arming {
+        mine: Vec<Look>,
+        theirs: Option<Vec<Look>>,
+    },
+    /// Armed, and something may still be in flight.
+    Settling {
         mine: Vec<Look>,
         theirs: Option<Vec<Look>>,
     },
@@ -170,12 +218,9 @@ pub enum Stage {
         mine: Option<Vec<Look>>,
         theirs: Option<Vec<Look>>,
     },
-    /// Being armed. `peer_armed`: the follower's promise came already.
-    Arming {
-        peer_armed: bool,
-    },
+    Loading,
     /// Decider: waits for the follower's promise.
-    Armed,
+    Loaded,
     /// Follower: waits for the decider's word.
     Promised,
     /// The gate is open: the processes come to their end by themselves.
@@ -213,13 +258,15 @@ impl End {
         match stage {
             Stage::Idle => self.idle(event),
             Stage::Calming { mine, theirs } => self.calming(mine, theirs, event),
+            Stage::Calling => self.calling(event),
             Stage::Waiting => self.waiting(event),
             Stage::Freezing { theirs } => self.freezing(theirs, event),
-            Stage::Frozen { mine, theirs } => self.frozen(mine, theirs, event),
+            Stage::Arming { mine, theirs } => self.arming(mine, theirs, event),
+            Stage::Settling { mine, theirs } => self.settling(mine, theirs, event),
             Stage::Saving { peer_saved } => self.saving(peer_saved, event),
             Stage::Saved { queues, mine, theirs } => self.saved(queues, mine, theirs, event),
-            Stage::Arming { peer_armed } => self.arming(peer_armed, event),
-            Stage::Armed => self.armed(event),
+            Stage::Loading => self.loading(event),
+            Stage::Loaded => self.loaded(event),
             Stage::Promised => self.promised(event),
             Stage::Opened => self.opened(event),
             Stage::Ended => (Stage::Ended, vec![]),
@@ -233,7 +280,7 @@ impl End {
                     (Stage::Calming { mine: false, theirs: false }, vec![Action::MakeShallow])
                 }
                 (Manner::Settle, Role::Follower) => (Stage::Waiting, vec![Action::MakeShallow]),
-                (Manner::Salvage, Role::Decider) => self.freeze(vec![Action::Tell(Message::Freeze)]),
+                (Manner::Salvage, Role::Decider) => self.call(),
                 (Manner::Salvage, Role::Follower) => (Stage::Waiting, vec![]),
             },
             Event::Cancel(reason) => self.abort(reason),
@@ -244,10 +291,11 @@ impl End {
             | Event::Looked(_)
             | Event::Peer(_)
             | Event::Armed
+            | Event::Loaded
             | Event::ArmFailed(_)
             | Event::Installed
             | Event::InstallFailed(_)
-            | Event::Commit
+            | Event::Heard(_)
             | Event::WitnessEnded
             | Event::BudgetOver
             | Event::SilenceOver => (Stage::Idle, vec![]),
@@ -267,12 +315,13 @@ impl End {
             | Event::Saved(_)
             | Event::FreezeFailed(_)
             | Event::Looked(_)
-            | Event::Peer(Message::Freeze | Message::Saved | Message::Looks(_) | Message::Armed)
+            | Event::Peer(Message::Freeze | Message::Saved | Message::Looks(_))
             | Event::Armed
+            | Event::Loaded
             | Event::ArmFailed(_)
             | Event::Installed
             | Event::InstallFailed(_)
-            | Event::Commit
+            | Event::Heard(_)
             | Event::BudgetOver => (Stage::Calming { mine, theirs }, vec![]),
         }
     }
@@ -280,7 +329,11 @@ impl End {
     fn waiting(&self, event: Event) -> (Stage, Vec<Action>) {
         match event {
             Event::Calm => (Stage::Waiting, vec![Action::Tell(Message::Calm)]),
-            Event::Peer(Message::Freeze) => self.freeze(vec![]),
+            Event::Peer(Message::Freeze) => {
+                let (stage, mut actions) = self.freeze();
+                actions.insert(0, Action::Say(Word::Freezing));
+                (stage, actions)
+            }
             Event::Peer(Message::Abort { .. }) => self.go_back(Refusal::PeerAborted),
             Event::WitnessEnded => self.abort(Refusal::HostPathFailed),
             Event::SilenceOver => self.abort(Refusal::PeerGone),
@@ -290,42 +343,67 @@ impl End {
             | Event::Saved(_)
             | Event::FreezeFailed(_)
             | Event::Looked(_)
-            | Event::Peer(Message::Calm | Message::Saved | Message::Looks(_) | Message::Armed)
+            | Event::Peer(Message::Calm | Message::Saved | Message::Looks(_))
             | Event::Armed
+            | Event::Loaded
             | Event::ArmFailed(_)
             | Event::Installed
             | Event::InstallFailed(_)
-            | Event::Commit
+            | Event::Heard(_)
             | Event::BudgetOver => (Stage::Waiting, vec![]),
         }
     }
 
-    /// The decider freezes when both ends are calm.
     fn calmed(&self, mine: bool, theirs: bool) -> (Stage, Vec<Action>) {
-        if mine && theirs {
-            self.freeze(vec![Action::Tell(Message::Freeze)])
-        } else {
-            (Stage::Calming { mine, theirs }, vec![])
+        if mine && theirs { self.call() } else { (Stage::Calming { mine, theirs }, vec![]) }
+    }
+
+    /// Neither end stands still while it waits for the other to begin.
+    fn call(&self) -> (Stage, Vec<Action>) {
+        (Stage::Calling, vec![Action::Tell(Message::Freeze), Action::AwaitWord])
+    }
+
+    fn calling(&self, event: Event) -> (Stage, Vec<Action>) {
+        match event {
+            Event::Heard(Word::Freezing) => self.freeze(),
+            // Its word is late.
+            Event::Peer(Message::Looks(looks)) => {
+                (Stage::Freezing { theirs: Some(looks) }, vec![Action::Freeze])
+            }
+            Event::Peer(Message::Saved) => (Stage::Saving { peer_saved: true }, vec![Action::FreezeAndSave]),
+            Event::Peer(Message::Abort { .. }) => self.go_back(Refusal::PeerAborted),
+            Event::WitnessEnded => self.abort(Refusal::HostPathFailed),
+            Event::SilenceOver => self.abort(Refusal::PeerGone),
+            Event::Cancel(reason) => self.abort(reason),
+            Event::Start
+            | Event::Calm
+            | Event::Frozen(_)
+            | Event::Saved(_)
+            | Event::FreezeFailed(_)
+            | Event::Looked(_)
+            | Event::Peer(Message::Calm | Message::Freeze)
+            | Event::Armed
+            | Event::Loaded
+            | Event::ArmFailed(_)
+            | Event::Installed
+            | Event::InstallFailed(_)
+            | Event::Heard(_)
+            | Event::BudgetOver => (Stage::Calling, vec![]),
         }
     }
 
-    /// After these actions.
-    fn freeze(&self, mut actions: Vec<Action>) -> (Stage, Vec<Action>) {
-        let (stage, freeze) = match self.manner {
-            Manner::Settle => (Stage::Freezing { theirs: None }, Action::Freeze),
-            Manner::Salvage => (Stage::Saving { peer_saved: false }, Action::FreezeAndSave),
-        };
-        actions.push(freeze);
-        (stage, actions)
+    fn freeze(&self) -> (Stage, Vec<Action>) {
+        match self.manner {
+            Manner::Settle => (Stage::Freezing { theirs: None }, vec![Action::Freeze]),
+            Manner::Salvage => (Stage::Saving { peer_saved: false }, vec![Action::FreezeAndSave]),
+        }
     }
 
     fn freezing(&self, theirs: Option<Vec<Look>>, event: Event) -> (Stage, Vec<Action>) {
         match event {
             Event::Frozen(mine) => {
                 let told = Action::Tell(Message::Looks(mine.clone()));
-                let (stage, mut actions) = self.consider(mine, theirs);
-                actions.insert(0, told);
-                (stage, actions)
+                (Stage::Arming { mine, theirs }, vec![told, Action::Arm])
             }
             Event::FreezeFailed(reason) => self.abort(reason),
             Event::Peer(Message::Looks(looks)) => (Stage::Freezing { theirs: Some(looks) }, vec![]),
@@ -337,17 +415,42 @@ impl End {
             | Event::Calm
             | Event::Saved(_)
             | Event::Looked(_)
-            | Event::Peer(Message::Calm | Message::Freeze | Message::Saved | Message::Armed)
+            | Event::Peer(Message::Calm | Message::Freeze | Message::Saved)
             | Event::Armed
+            | Event::Loaded
             | Event::ArmFailed(_)
             | Event::Installed
             | Event::InstallFailed(_)
-            | Event::Commit
+            | Event::Heard(_)
             | Event::SilenceOver => (Stage::Freezing { theirs }, vec![]),
         }
     }
 
-    fn frozen(&self, mine: Vec<Look>, theirs: Option<Vec<Look>>, event: Event) -> (Stage, Vec<Action>) {
+    fn arming(&self, mine: Vec<Look>, theirs: Option<Vec<Look>>, event: Event) -> (Stage, Vec<Action>) {
+        match event {
+            Event::Armed => self.consider(mine, theirs),
+            Event::ArmFailed(reason) => self.abort(reason),
+            Event::Peer(Message::Looks(looks)) => (Stage::Arming { mine, theirs: Some(looks) }, vec![]),
+            Event::Peer(Message::Abort { .. }) => self.go_back(Refusal::PeerAborted),
+            Event::Cancel(reason) => self.abort(reason),
+            Event::WitnessEnded => self.abort(Refusal::HostPathFailed),
+            Event::BudgetOver => self.abort(Refusal::FreezeBudget),
+            Event::Start
+            | Event::Calm
+            | Event::Frozen(_)
+            | Event::Saved(_)
+            | Event::FreezeFailed(_)
+            | Event::Looked(_)
+            | Event::Peer(Message::Calm | Message::Freeze | Message::Saved)
+            | Event::Loaded
+            | Event::Installed
+            | Event::InstallFailed(_)
+            | Event::Heard(_)
+            | Event::SilenceOver => (Stage::Arming { mine, theirs }, vec![]),
+        }
+    }
+
+    fn settling(&self, mine: Vec<Look>, theirs: Option<Vec<Look>>, event: Event) -> (Stage, Vec<Action>) {
         match event {
             Event::Looked(looks) => {
                 // The peer needs my last looks only: the first ones told it what I have written.
@@ -364,10 +467,6 @@ impl End {
             Event::Cancel(reason) => self.abort(reason),
             Event::WitnessEnded => self.abort(Refusal::HostPathFailed),
             Event::BudgetOver => self.abort(Refusal::NotSettled),
-            Event::Peer(Message::Armed) => {
-                // A follower arms only when it has seen everything settled, and its looks came before this.
-                self.abort(Refusal::NotTheSameConnection)
-            }
             Event::Start
             | Event::Calm
             | Event::Frozen(_)
@@ -375,48 +474,47 @@ impl End {
             | Event::FreezeFailed(_)
             | Event::Peer(Message::Calm | Message::Freeze | Message::Saved)
             | Event::Armed
+            | Event::Loaded
             | Event::ArmFailed(_)
             | Event::Installed
             | Event::InstallFailed(_)
-            | Event::Commit
-            | Event::SilenceOver => (Stage::Frozen { mine, theirs }, vec![]),
+            | Event::Heard(_)
+            | Event::SilenceOver => (Stage::Settling { mine, theirs }, vec![]),
         }
     }
 
     /// The looks of both, as far as known: go on when they show that nothing is in flight.
     fn consider(&self, mine: Vec<Look>, theirs: Option<Vec<Look>>) -> (Stage, Vec<Action>) {
         let Some(peer) = &theirs else {
-            return (Stage::Frozen { mine, theirs }, vec![]);
+            return (Stage::Settling { mine, theirs }, vec![]);
         };
         match relation_of_all(&mine, peer) {
             Relation::Strangers if all(peer, &mine, went_on) => self.abort(Refusal::PeerAborted),
             Relation::Strangers => self.abort(Refusal::NotTheSameConnection),
-            Relation::InFlight if all(&mine, peer, is_last) => (Stage::Frozen { mine, theirs }, vec![]),
+            Relation::InFlight if all(&mine, peer, is_last) => (Stage::Settling { mine, theirs }, vec![]),
             Relation::InFlight => {
                 let with_unread = all(&mine, peer, has_all);
-                (Stage::Frozen { mine, theirs }, vec![Action::LookAgain { with_unread }])
+                (Stage::Settling { mine, theirs }, vec![Action::LookAgain { with_unread }])
             }
             Relation::Settled if mine.iter().any(|look| look.unread.is_none()) => {
-                (Stage::Frozen { mine, theirs }, vec![Action::LookAgain { with_unread: true }])
+                (Stage::Settling { mine, theirs }, vec![Action::LookAgain { with_unread: true }])
             }
             Relation::Settled => {
                 match peer.iter().map(|look| look.unread.clone()).collect::<Option<Vec<_>>>() {
-                    Some(carry) => (Stage::Arming { peer_armed: false }, vec![Action::Arm { carry }]),
-                    None => (Stage::Frozen { mine, theirs }, vec![]),
+                    Some(carry) => (Stage::Loading, vec![Action::Load { carry }]),
+                    None => (Stage::Settling { mine, theirs }, vec![]),
                 }
             }
         }
     }
 
-    fn arming(&self, peer_armed: bool, event: Event) -> (Stage, Vec<Action>) {
+    fn loading(&self, event: Event) -> (Stage, Vec<Action>) {
         match event {
-            Event::Armed => match self.role {
-                Role::Follower => (Stage::Promised, vec![Action::AwaitCommit, Action::Tell(Message::Armed)]),
-                Role::Decider if peer_armed => (Stage::Opened, vec![Action::OpenGate]),
-                Role::Decider => (Stage::Armed, vec![]),
+            Event::Loaded => match self.role {
+                Role::Follower => (Stage::Promised, vec![Action::Say(Word::Promise), Action::AwaitWord]),
+                Role::Decider => (Stage::Loaded, vec![Action::AwaitWord]),
             },
             Event::ArmFailed(reason) => self.abort(reason),
-            Event::Peer(Message::Armed) => (Stage::Arming { peer_armed: true }, vec![]),
             Event::Peer(Message::Abort { .. }) => self.go_back(Refusal::PeerAborted),
             Event::Cancel(reason) => self.abort(reason),
             Event::WitnessEnded => self.abort(Refusal::HostPathFailed),
@@ -427,17 +525,20 @@ impl End {
             | Event::Saved(_)
             | Event::FreezeFailed(_)
             | Event::Looked(_)
+            | Event::Armed
             | Event::Peer(Message::Calm | Message::Freeze | Message::Saved | Message::Looks(_))
             | Event::Installed
             | Event::InstallFailed(_)
-            | Event::Commit
-            | Event::SilenceOver => (Stage::Arming { peer_armed }, vec![]),
+            | Event::Heard(_)
+            | Event::SilenceOver => (Stage::Loading, vec![]),
         }
     }
 
-    fn armed(&self, event: Event) -> (Stage, Vec<Action>) {
+    fn loaded(&self, event: Event) -> (Stage, Vec<Action>) {
         match event {
-            Event::Peer(Message::Armed) => (Stage::Opened, vec![Action::OpenGate]),
+            Event::Heard(Word::Promise) => (Stage::Opened, vec![Action::OpenGate]),
+            // It was late, and the looks came first.
+            Event::Heard(_) => (Stage::Loaded, vec![Action::AwaitWord]),
             Event::Peer(Message::Abort { .. }) => self.go_back(Refusal::PeerAborted),
             Event::Cancel(reason) => self.abort(reason),
             Event::WitnessEnded => self.abort(Refusal::HostPathFailed),
@@ -450,17 +551,18 @@ impl End {
             | Event::Looked(_)
             | Event::Peer(Message::Calm | Message::Freeze | Message::Saved | Message::Looks(_))
             | Event::Armed
+            | Event::Loaded
             | Event::ArmFailed(_)
             | Event::Installed
             | Event::InstallFailed(_)
-            | Event::Commit
-            | Event::SilenceOver => (Stage::Armed, vec![]),
+            | Event::SilenceOver => (Stage::Loaded, vec![]),
         }
     }
 
     fn promised(&self, event: Event) -> (Stage, Vec<Action>) {
         match event {
-            Event::Commit => (Stage::Opened, vec![Action::OpenGate]),
+            Event::Heard(Word::Commit) => (Stage::Opened, vec![Action::OpenGate]),
+            Event::Heard(_) => (Stage::Promised, vec![Action::AwaitWord]),
             Event::WitnessEnded | Event::Peer(Message::Abort { .. }) => {
                 self.leave_new(self.go_back(Refusal::PeerAborted))
             }
@@ -472,10 +574,9 @@ impl End {
             | Event::Saved(_)
             | Event::FreezeFailed(_)
             | Event::Looked(_)
-            | Event::Peer(
-                Message::Calm | Message::Freeze | Message::Saved | Message::Looks(_) | Message::Armed,
-            )
+            | Event::Peer(Message::Calm | Message::Freeze | Message::Saved | Message::Looks(_))
             | Event::Armed
+            | Event::Loaded
             | Event::ArmFailed(_)
             | Event::Installed
             | Event::InstallFailed(_)
@@ -499,8 +600,9 @@ impl End {
             | Event::Looked(_)
             | Event::Peer(_)
             | Event::Armed
+            | Event::Loaded
             | Event::ArmFailed(_)
-            | Event::Commit
+            | Event::Heard(_)
             | Event::WitnessEnded
             | Event::BudgetOver
             | Event::SilenceOver

@@ -2,7 +2,7 @@
 //! Real processes, real ptrace: `cat` echoes what comes over a socket that is its standard input and output.
 
 use std::{
-    io::Read,
+    io::{Read, Write},
     net::{TcpListener, TcpStream},
     process::{Child, Command, Stdio},
     sync::Arc,
@@ -67,19 +67,19 @@ impl Echo {
         self.programs.inspector().unwrap().socket(socket).unwrap().unwrap()
     }
 
-    fn substitution<'a>(&'a self, new: BorrowedFd<'a>, carry: &[u8]) -> Substitution<'a> {
+    fn substitution<'a>(&'a self, new: BorrowedFd<'a>) -> Substitution<'a> {
         Substitution {
             old: self.old.as_fd(),
             new,
             facts: self.facts(self.old.as_fd()),
             holders: &self.holders,
             options: &self.options,
-            carry: carry.to_vec(),
         }
     }
 
     fn freeze(&self) -> Frozen {
-        Frozen::freeze(&self.holders.tgids, &Alarms::default(), soon()).unwrap()
+        let inspector = self.inspector();
+        Frozen::freeze(&self.holders.tgids, &Alarms::look(&inspector, &self.holders.tgids), soon()).unwrap()
     }
 }
 
@@ -100,7 +100,7 @@ fn a_process_goes_on_with_the_new_socket_under_all_its_descriptors() {
     let echo = Echo::start();
     let (mut client, server) = pair();
     let mut frozen = echo.freeze();
-    let pairs = [echo.substitution(server.as_fd(), b"")];
+    let pairs = [echo.substitution(server.as_fd())];
     Armed::arm(&mut frozen, &echo.inspector(), &pairs, Deal::Within, soon())
         .unwrap()
         .install(&mut frozen, &[server.as_fd()])
@@ -118,11 +118,11 @@ fn carried_bytes_are_the_first_on_the_new_socket() {
     let (mut client, server) = pair();
     let mut frozen = echo.freeze();
     let carry: Vec<u8> = (0..3_000_000u32).map(|n| n as u8).collect();
-    let pairs = [echo.substitution(server.as_fd(), &carry)];
-    Armed::arm(&mut frozen, &echo.inspector(), &pairs, Deal::Within, soon())
-        .unwrap()
-        .install(&mut frozen, &[server.as_fd()])
-        .unwrap();
+    let pairs = [echo.substitution(server.as_fd())];
+    let mut armed = Armed::arm(&mut frozen, &echo.inspector(), &pairs, Deal::Within, soon()).unwrap();
+    let load = Load { carry: carry.clone(), arriving: 0 };
+    armed.load(&mut frozen, &[server.as_fd()], &[load], soon()).unwrap();
+    armed.install(&mut frozen, &[server.as_fd()]).unwrap();
     drop(frozen);
     let mut received = vec![0; carry.len()];
     client.read_exact(&mut received).unwrap();
@@ -136,7 +136,7 @@ fn turning_back_at_the_gate_leaves_the_process_as_it_was() {
     let fds = |echo: &Echo| std::fs::read_dir(format!("/proc/{}/fd", echo.child.id())).unwrap().count();
     let before = fds(&echo);
     let mut frozen = echo.freeze();
-    let pairs = [echo.substitution(server.as_fd(), b"")];
+    let pairs = [echo.substitution(server.as_fd())];
     Armed::arm(&mut frozen, &echo.inspector(), &pairs, Deal::Within, soon()).unwrap().turn_back(&mut frozen);
     drop(frozen);
     assert_eq!(fds(&echo), before);
@@ -149,7 +149,7 @@ fn the_same_process_can_be_moved_many_times() {
     for round in 0..100 {
         let (client, server) = pair();
         let mut frozen = echo.freeze();
-        let pairs = [echo.substitution(server.as_fd(), b"")];
+        let pairs = [echo.substitution(server.as_fd())];
         Armed::arm(&mut frozen, &echo.inspector(), &pairs, Deal::Within, soon())
             .unwrap()
             .install(&mut frozen, &[server.as_fd()])
@@ -169,7 +169,7 @@ fn a_tracer_that_dies_at_the_gate_leaves_the_process_working() {
         scope
             .spawn(|| {
                 let mut frozen = echo.freeze();
-                let pairs = [echo.substitution(server.as_fd(), b"")];
+                let pairs = [echo.substitution(server.as_fd())];
                 let armed = Armed::arm(&mut frozen, &echo.inspector(), &pairs, Deal::Within, soon()).unwrap();
                 // As after SIGKILL: no Drop runs; the end of this thread detaches, and the gate closes.
                 std::mem::forget(frozen);

@@ -11,7 +11,7 @@ use forwarder_api::{MAX_UNREAD_BYTES, Moved, Refusal};
 use super::{Finished, Member, Times, over, substitutions};
 use crate::{
     alarm::Alarms,
-    exchange::{Armed, Deal, facts_while_frozen, wait_for_carried},
+    exchange::{Armed, Deal, Load, facts_while_frozen, wait_for_carried},
     freeze::{Frozen, nap},
     inspect::{Inspector, SocketFacts},
     options::{ReceiveRoom, acknowledge},
@@ -106,8 +106,14 @@ impl Local<'_> {
         }
         // What one end has not read arrives there when the other end's new socket sends it.
         let carry = (0..looks.len()).map(|index| looks[index ^ 1].unread.take().unwrap_or_default());
-        let pairs = substitutions(self.members, &facts, carry.collect());
-        let armed = Armed::arm(frozen, inspector, &pairs, Deal::Within, deadline)?;
+        let loads = carry.zip(&self.unread).map(|(carry, arriving)| Load { carry, arriving: *arriving });
+        let loads: Vec<Load> = loads.collect();
+        let pairs = substitutions(self.members, &facts);
+        let mut armed = Armed::arm(frozen, inspector, &pairs, Deal::Within, deadline)?;
+        if let Err(reason) = armed.load(frozen, &self.new, &loads, deadline) {
+            armed.turn_back(frozen);
+            return Err(reason);
+        }
         *gate_opened = true;
         armed.install(frozen, &self.new)?;
         self.times.installed = Some(Instant::now());

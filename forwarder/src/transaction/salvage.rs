@@ -25,12 +25,13 @@ impl End {
             | Event::Calm
             | Event::Frozen(_)
             | Event::Looked(_)
-            | Event::Peer(Message::Calm | Message::Freeze | Message::Looks(_) | Message::Armed)
+            | Event::Peer(Message::Calm | Message::Freeze | Message::Looks(_))
             | Event::Armed
+            | Event::Loaded
             | Event::ArmFailed(_)
             | Event::Installed
             | Event::InstallFailed(_)
-            | Event::Commit
+            | Event::Heard(_)
             | Event::SilenceOver => (Stage::Saving { peer_saved }, vec![]),
         }
     }
@@ -57,8 +58,6 @@ impl End {
             Event::Cancel(reason) => self.abort(reason),
             Event::WitnessEnded => self.abort(Refusal::HostPathFailed),
             Event::BudgetOver => self.abort(Refusal::FreezeBudget),
-            // A follower arms only when it has both looks, and its own came before this.
-            Event::Peer(Message::Armed) => self.abort(Refusal::NotTheSameConnection),
             Event::Start
             | Event::Calm
             | Event::Frozen(_)
@@ -67,10 +66,11 @@ impl End {
             | Event::Looked(_)
             | Event::Peer(Message::Calm | Message::Freeze)
             | Event::Armed
+            | Event::Loaded
             | Event::ArmFailed(_)
             | Event::Installed
             | Event::InstallFailed(_)
-            | Event::Commit
+            | Event::Heard(_)
             | Event::SilenceOver => (Stage::Saved { queues, mine, theirs }, vec![]),
         }
     }
@@ -89,7 +89,7 @@ impl End {
         let carry: Option<Vec<Vec<u8>>> =
             pairs.map(|((queue, look), peer)| carry(queue, look, peer)).collect();
         match carry.filter(|_| looks.len() == peer.len()) {
-            Some(carry) => (Stage::Arming { peer_armed: false }, vec![Action::Arm { carry }]),
+            Some(carry) => (Stage::Loading, vec![Action::Arm, Action::Load { carry }]),
             None => self.abort(Refusal::NotTheSameConnection),
         }
     }

@@ -22,6 +22,7 @@ enum Doing {
     Saving,
     Looking,
     Arming,
+    Loading,
     Installing,
 }
 
@@ -63,9 +64,10 @@ struct Side {
     /// The forwarder has its copies.
     holds_new: bool,
     holds_witness: bool,
-    awaiting_commit: bool,
+    awaiting_word: bool,
+    promised: bool,
     /// On the witness, from the other end.
-    words: Vec<u8>,
+    words: Vec<Word>,
     /// On the new connection, from the other end, not read yet.
     incoming: Vec<u8>,
     /// What the block sends after the gate.
@@ -110,7 +112,7 @@ enum Step {
     Deliver {
         side: usize,
     },
-    ReadCommit {
+    ReadWord {
         side: usize,
     },
     SeeEnd {
@@ -189,12 +191,19 @@ impl Transaction {
                 }
             }
             Action::MakeShallow => here.doing = Doing::Calming,
-            Action::Freeze => here.doing = Doing::Freezing,
-            Action::FreezeAndSave => here.doing = Doing::Saving,
+            Action::Freeze => {
+                here.awaiting_word = false;
+                here.doing = Doing::Freezing;
+            }
+            Action::FreezeAndSave => {
+                here.awaiting_word = false;
+                here.doing = Doing::Saving;
+            }
             Action::LookAgain { .. } => here.doing = Doing::Looking,
-            Action::Arm { carry } => {
+            Action::Arm => here.doing = Doing::Arming,
+            Action::Load { carry } => {
                 here.loaded = carry.concat();
-                here.doing = Doing::Arming;
+                here.doing = Doing::Loading;
             }
             Action::OpenGate => {
                 here.block = Block::Replacing;
@@ -205,7 +214,11 @@ impl Transaction {
                     here.block = Block::Over { kept: false };
                 }
             }
-            Action::AwaitCommit => here.awaiting_commit = true,
+            Action::Say(word) => {
+                here.promised |= word == Word::Promise;
+                world.sides[peer(side)].words.push(word);
+            }
+            Action::AwaitWord => here.awaiting_word = true,
             Action::CloseNew => here.holds_new = false,
             Action::CloseWitness => here.holds_witness = false,
             Action::Thaw => here.frozen = false,
@@ -213,7 +226,7 @@ impl Transaction {
                 // For another attempt, if nobody had opened a gate.
                 here.holds_new &= result.is_err();
                 here.holds_witness &= result.is_err();
-                here.awaiting_commit = false;
+                here.awaiting_word = false;
                 here.result = Some(result);
             }
         }
@@ -237,14 +250,14 @@ impl Transaction {
             (Block::Replaced, true) => {
                 there.incoming.append(&mut here.loaded);
                 if side == 0 {
-                    there.words.push(b'C');
+                    there.words.push(Word::Commit);
                     here.block = Block::Waiting;
                 } else {
-                    there.words.push(b'I');
+                    there.words.push(Word::Installed);
                     here.block = Block::Over { kept: true };
                 }
             }
-            (Block::Waiting, _) if here.words.contains(&b'I') => here.block = Block::Over { kept: true },
+            (Block::Waiting, _) if !here.words.is_empty() => here.block = Block::Over { kept: true },
             (Block::Waiting, _) if !ended => {}
             (Block::Replacing | Block::Replaced, false) | (Block::Waiting, _) => {
                 world.witness_shut = true;
@@ -272,7 +285,8 @@ impl Model for Transaction {
             block: Block::None,
             holds_new: true,
             holds_witness: true,
-            awaiting_commit: false,
+            awaiting_word: false,
+            promised: false,
             words: vec![],
             incoming: vec![],
             loaded: vec![],
@@ -319,7 +333,7 @@ impl Model for Transaction {
                 Doing::Calming | Doing::Looking | Doing::Installing => {
                     steps.push(Step::Finish { side, well: true });
                 }
-                Doing::Freezing | Doing::Saving | Doing::Arming => {
+                Doing::Freezing | Doing::Saving | Doing::Arming | Doing::Loading => {
                     steps.extend([true, false].map(|well| Step::Finish { side, well }));
                 }
             }
@@ -332,13 +346,14 @@ impl Model for Transaction {
             }
             steps.push(Step::Cancel { side });
             steps.push(Step::Silence { side });
-            if here.awaiting_commit {
+            if here.awaiting_word {
                 if here.words.is_empty() && Transaction::witness_has_ended(world, side) {
                     steps.push(Step::SeeEnd { side });
                 } else if !here.words.is_empty() {
-                    steps.push(Step::ReadCommit { side });
+                    steps.push(Step::ReadWord { side });
                 }
-            } else if here.frozen {
+            }
+            if here.frozen && !here.promised {
                 steps.push(Step::BudgetOver { side });
             }
         }
@@ -376,7 +391,11 @@ impl Model for Transaction {
                         here.block = Block::AtGate;
                         Event::Armed
                     }
-                    (Doing::Arming, false) => Event::ArmFailed(Refusal::InjectionFailed),
+                    (Doing::Loading, true) => {
+                        here.block = Block::AtGate;
+                        Event::Loaded
+                    }
+                    (Doing::Arming | Doing::Loading, false) => Event::ArmFailed(Refusal::InjectionFailed),
                     (Doing::Installing, _) if here.block == (Block::Over { kept: true }) => Event::Installed,
                     (Doing::Installing, _) => Event::InstallFailed(Refusal::PeerAborted),
                 };
@@ -386,13 +405,13 @@ impl Model for Transaction {
                 let message = next.messages[side].remove(0);
                 self.feed(&mut next, side, Event::Peer(message));
             }
-            Step::ReadCommit { side } => {
-                next.sides[side].words.remove(0);
-                next.sides[side].awaiting_commit = false;
-                self.feed(&mut next, side, Event::Commit);
+            Step::ReadWord { side } => {
+                let word = next.sides[side].words.remove(0);
+                next.sides[side].awaiting_word = false;
+                self.feed(&mut next, side, Event::Heard(word));
             }
             Step::SeeEnd { side } => {
-                next.sides[side].awaiting_commit = false;
+                next.sides[side].awaiting_word = false;
                 self.feed(&mut next, side, Event::WitnessEnded);
             }
             Step::BudgetOver { side } => self.feed(&mut next, side, Event::BudgetOver),
@@ -488,7 +507,7 @@ impl Model for Transaction {
                 !world.sides[0].alive
                     && over(world)
                     && world.sides[0].block == (Block::Over { kept: false })
-                    && world.sides[1].words.contains(&b'C')
+                    && world.sides[1].words.contains(&Word::Commit)
             }),
         ]
     }
@@ -575,6 +594,7 @@ fn a_peer_that_was_let_go_without_our_hearing_of_it_is_no_stranger() {
     end.step(Event::Peer(Message::Freeze));
     end.step(Event::Peer(Message::Looks(vec![look(200, 90)])));
     end.step(Event::Frozen(vec![look(100, 190)]));
+    end.step(Event::Armed);
     let actions = end.step(Event::Looked(vec![look(100, 201)]));
     assert!(actions.contains(&Action::End(Err(Refusal::PeerAborted))), "{actions:?}");
 }
