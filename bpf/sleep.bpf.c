@@ -31,6 +31,13 @@ struct {
 	__type(value, struct sleepers);
 } sleeping SEC(".maps");
 
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, MAX_SLOTS);
+	__type(key, __u32);
+	__type(value, struct threads);
+} stopped SEC(".maps");
+
 /* Of schedule_hrtimeout(), whose timer is in a tree. */
 static __always_inline int is_hrtimer_sleeper(struct hrtimer_sleeper *sleeper)
 {
@@ -121,5 +128,33 @@ int find_sleepers(struct bpf_raw_tracepoint_args *ctx)
 		find_sleeper(slot, (__u64)node - bpf_core_field_offset(struct task_struct, thread_node));
 		node = BPF_CORE_READ(node, next);
 	}
+	return 0;
+}
+
+/* As above: what the threads of a process are like now that they stand still. */
+SEC("raw_tp")
+int look_at_threads(struct bpf_raw_tracepoint_args *ctx)
+{
+	__u32 slot = ctx->args[1];
+	struct threads *threads = bpf_map_lookup_elem(&stopped, &slot);
+	struct task_struct *task = task_of_pidfd(ctx->args[0]);
+	struct list_head *head, *node;
+	__u32 count = 0;
+
+	if (!threads || !task)
+		return 1;
+	head = &BPF_CORE_READ(task, signal)->thread_head;
+	node = BPF_CORE_READ(head, next);
+	for (int i = 0; i < MAX_THREADS && node && node != head; i++) {
+		struct thread *thread = &threads->list[i];
+
+		task = (void *)node - bpf_core_field_offset(struct task_struct, thread_node);
+		thread->switches = BPF_CORE_READ(task, nvcsw);
+		thread->tid = BPF_CORE_READ(task, pid);
+		thread->seccomp = BPF_CORE_READ(task, seccomp.mode);
+		node = BPF_CORE_READ(node, next);
+		count = i + 1;
+	}
+	threads->count = count;
 	return 0;
 }

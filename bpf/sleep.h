@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
-/* What the forwarder learns about sleeping threads: crosses to Rust by the skeleton. Includes nothing. */
+/* What the forwarder learns about threads: crosses to Rust by the skeleton. Includes nothing. */
 #ifndef SLEEP_H
 #define SLEEP_H
 
@@ -21,6 +21,20 @@ struct sleepers {
 	__u32 count;
 	__u32 padding;
 	struct sleeper list[MAX_SLEEPERS];
+};
+
+struct thread {
+	/* As in struct sleeper. */
+	__u64 switches;
+	__u32 tid;
+	/* As the line Seccomp of /proc/PID/status has it: zero if there is none. */
+	__u32 seccomp;
+};
+
+struct threads {
+	__u32 count;
+	__u32 padding;
+	struct thread list[MAX_THREADS];
 };
 
 #endif

@@ -22,7 +22,7 @@ use forwarder_api::Refusal;
 use nix::{errno::Errno, sys::ptrace, unistd::Pid};
 
 use crate::{
-    alarm::{Alarm, Alarms},
+    alarm::{Alarm, Alarms, Waits},
     arch::{self, Frame, Interrupted, Regs, Timed},
     child,
     fault::{self, Point},
@@ -58,6 +58,13 @@ struct FrozenThread {
     held: Option<u64>,
 }
 
+/// A thread that was just found to stand still.
+struct Standing {
+    stop: Stop,
+    /// None: killed meanwhile.
+    regs: Option<Regs>,
+}
+
 /// Processes that stand still. Dropping it thaws them.
 pub struct Frozen {
     processes: Vec<FrozenProcess>,
@@ -68,7 +75,7 @@ pub struct Frozen {
 
 impl Frozen {
     /// Stop all threads of `tgids` before `deadline`. Their `alarms` were looked at just before.
-    pub fn freeze(tgids: &[Tgid], alarms: &Alarms, deadline: Instant) -> Result<Frozen, Refusal> {
+    pub fn freeze(tgids: &[Tgid], alarms: &Alarms<'_>, deadline: Instant) -> Result<Frozen, Refusal> {
         let mut frozen =
             Frozen { processes: Vec::with_capacity(tgids.len()), seized: HashMap::new(), _here: PhantomData };
         process::hurry();
@@ -95,7 +102,7 @@ impl Frozen {
     fn stop_all(
         &mut self,
         tgids: &[Tgid],
-        stopped: &mut HashMap<Tid, Stop>,
+        stopped: &mut HashMap<Tid, Standing>,
         deadline: Instant,
     ) -> Result<(), Refusal> {
         for tgid in tgids {
@@ -116,7 +123,7 @@ impl Frozen {
 
     /// Not all could be stopped: put right those who stand still and let them go, then those who are late. Each has
     /// been interrupted, and would see that.
-    fn give_up(mut self, tgids: &[Tgid], alarms: &Alarms, mut stopped: HashMap<Tid, Stop>) {
+    fn give_up(mut self, tgids: &[Tgid], alarms: &Alarms<'_>, mut stopped: HashMap<Tid, Standing>) {
         for patience in [Duration::ZERO, LATE] {
             let _ = self.wait_all_stopped(&mut stopped, Instant::now() + patience);
             for tgid in tgids {
@@ -167,7 +174,7 @@ impl Frozen {
 
     fn wait_all_stopped(
         &mut self,
-        stopped: &mut HashMap<Tid, Stop>,
+        stopped: &mut HashMap<Tid, Standing>,
         deadline: Instant,
     ) -> Result<(), Refusal> {
         let began = Instant::now();
@@ -190,8 +197,7 @@ impl Frozen {
                         progress = true;
                     }
                     Some(stop) => {
-                        repeat_call_at_once(tid);
-                        stopped.insert(tid, stop);
+                        stopped.insert(tid, Standing { stop, regs: repeat_call_at_once(tid) });
                         progress = true;
                     }
                     None => {}
@@ -211,8 +217,8 @@ impl Frozen {
     fn examine(
         &self,
         tgid: Tgid,
-        alarms: &Alarms,
-        stopped: &HashMap<Tid, Stop>,
+        alarms: &Alarms<'_>,
+        stopped: &HashMap<Tid, Standing>,
     ) -> Result<FrozenProcess, Refusal> {
         let memory = Memory::open(tgid).map_err(process::lacking)?;
         let vdso = process::vdso(tgid).map_err(process::lacking)?.ok_or(Refusal::NoInjectionRoom)?;
@@ -225,12 +231,11 @@ impl Frozen {
         };
         let mut refusal = None;
         for tid in self.seized.iter().filter(|(_, of)| **of == tgid).map(|(tid, _)| *tid) {
-            let Some(stop) = stopped.get(&tid) else {
+            let Some(Standing { stop, regs }) = stopped.get(&tid) else {
                 refusal = Some(Refusal::FreezeBudget);
                 continue;
             };
-            // Killed meanwhile.
-            let Ok(regs) = read_regs(tid) else {
+            let Some(regs) = *regs else {
                 refusal = Some(Refusal::HolderVanished);
                 continue;
             };
@@ -248,9 +253,10 @@ impl Frozen {
         // A thread that waits in a system call is the first choice for the block.
         process.threads.sort_by_key(|thread| !arch::in_syscall(&thread.regs));
         process.foothold = Foothold::establish(&process.memory, vdso)?;
+        let waits = alarms.of_stopped(tgid);
         for index in 0..process.threads.len() {
             // Every thread is put right, also when another one makes the swap impossible.
-            if let Err(reason) = process.undo_interruption(index, alarms) {
+            if let Err(reason) = process.undo_interruption(index, Some(&waits)) {
                 refusal = Some(reason);
             }
         }
@@ -279,7 +285,8 @@ impl Drop for Frozen {
 }
 
 impl FrozenProcess {
-    fn undo_interruption(&mut self, index: usize, alarms: &Alarms) -> Result<(), Refusal> {
+    /// `waits`: unless the thread has run since they were looked at.
+    fn undo_interruption(&mut self, index: usize, waits: Option<&Waits<'_>>) -> Result<(), Refusal> {
         let FrozenThread { tid, regs, .. } = self.threads[index];
         if self.foothold.is_in_block(regs.rip) {
             return Err(Refusal::HolderBusy);
@@ -296,14 +303,12 @@ impl FrozenProcess {
         if arch::is_rewound(&regs, next) {
             return Ok(());
         }
-        if let Some(resume) = self.wait_on(&self.threads[index], alarms)? {
+        if let Some(resume) = self.wait_on(&self.threads[index], waits)? {
             return self.enter_resume(index, resume);
         }
         match arch::interrupted(&regs) {
             // A seccomp filter that allows the call may well kill for restart_syscall (OpenSSH's does).
-            Interrupted::No
-                if !(arch::goes_on_by_another_call(&regs) && process::is_filtered(self.tgid, tid)) =>
-            {
+            Interrupted::No if !(arch::goes_on_by_another_call(&regs) && self.is_filtered(waits, tid)) => {
                 Ok(())
             }
             Interrupted::No | Interrupted::Call => {
@@ -332,13 +337,15 @@ impl FrozenProcess {
     fn wait_on(
         &self,
         FrozenThread { tid, regs, .. }: &FrozenThread,
-        alarms: &Alarms,
+        waits: Option<&Waits<'_>>,
     ) -> Result<Option<arch::Resume>, Refusal> {
         let Some(timed) = arch::timed(regs, self.foothold.is_in_resume(regs.rip)) else { return Ok(None) };
         let frame = self.resume_frame(regs)?;
         let alarm = match &frame {
             Some(frame) => frame.alarm().map(Alarm),
-            None => alarms.of_stopped(self.tgid, *tid).filter(|_| self.may_wait_for(timed, *tid, regs)),
+            None => waits
+                .and_then(|waits| waits.alarm(*tid))
+                .filter(|_| self.may_wait_for(timed, *tid, regs, waits)),
         };
         let resume =
             |alarm: Alarm| arch::resume_until(regs, timed, alarm.0, alarm.left(), self.foothold.at.0, frame);
@@ -347,10 +354,14 @@ impl FrozenProcess {
 
     /// Where another call than the thread's own has to wait, it must come to the same, and no seccomp filter may kill
     /// for it.
-    fn may_wait_for(&self, timed: Timed, tid: Tid, regs: &Regs) -> bool {
+    fn may_wait_for(&self, timed: Timed, tid: Tid, regs: &Regs, waits: Option<&Waits<'_>>) -> bool {
         timed != Timed::Receive
             || process::socket_inode(tid, RemoteFd(arch::descriptor(regs))).is_some()
-                && !process::is_filtered(self.tgid, tid)
+                && !self.is_filtered(waits, tid)
+    }
+
+    fn is_filtered(&self, waits: Option<&Waits<'_>>, tid: Tid) -> bool {
+        waits.map_or_else(|| process::is_filtered(self.tgid, tid), |waits| waits.is_filtered(tid))
     }
 
     /// The frame of a thread that stands in the resume code already.
@@ -396,7 +407,7 @@ impl FrozenProcess {
         let thread = &mut self.threads[0];
         thread.regs = read_regs(thread.tid).map_err(|_| Refusal::HolderVanished)?;
         // What it does now was not looked at; a call that it goes on with has its alarm in the frame.
-        self.undo_interruption(0, &Alarms::default())
+        self.undo_interruption(0, None)
     }
 
     /// Put every thread but the lent one into a hold of its own, to wait there, if we die, until the word at `over` is
@@ -438,13 +449,16 @@ impl FrozenProcess {
     }
 }
 
-/// A thread that has just stopped must see no EINTR, not even if we die before all the others stand still.
-fn repeat_call_at_once(tid: Tid) {
-    // Errors: it was killed; whoever looks at it next sees that.
-    let Ok(regs) = read_regs(tid) else { return };
-    if arch::is_64_bit(&regs) && arch::interrupted(&regs) == Interrupted::Call {
-        let _ = write_regs(tid, arch::repeat_call(&regs));
+/// A thread that has just stopped must see no EINTR, not even if we die before all the others stand still. Its registers,
+/// unless it was killed.
+fn repeat_call_at_once(tid: Tid) -> Option<Regs> {
+    let regs = read_regs(tid).ok()?;
+    if !arch::is_64_bit(&regs) || arch::interrupted(&regs) != Interrupted::Call {
+        return Some(regs);
     }
+    let regs = arch::repeat_call(&regs);
+    write_regs(tid, regs).ok()?;
+    Some(regs)
 }
 
 fn is_blocking(tid: Tid, fd: RemoteFd) -> bool {

@@ -168,7 +168,7 @@ pub struct Programs {
     tables: MapHandle,
     fds: MapHandle,
     descriptors: Link,
-    sleep: sleep::Program,
+    sleep: sleep::Programs,
     used_slots: AtomicU64,
 }
 
@@ -201,7 +201,7 @@ impl Programs {
                 .list_descriptors
                 .attach_iter_with_opts(libbpf_rs::IterOpts::None)
                 .map_err(InspectError::Load)?,
-            sleep: sleep::Program::load()?,
+            sleep: sleep::Programs::load()?,
             used_slots: AtomicU64::new(0),
         }))
     }

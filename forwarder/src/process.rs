@@ -3,7 +3,7 @@
 
 use std::{
     fs::File,
-    io,
+    io::{self, Read},
     mem::MaybeUninit,
     os::{
         fd::{AsRawFd, FromRawFd, OwnedFd},
@@ -90,12 +90,6 @@ pub fn state(tgid: Tgid, tid: Tid) -> io::Result<Option<char>> {
     Ok(stat.rsplit_once(')').and_then(|(_, rest)| rest.trim_start().chars().next()))
 }
 
-/// How often a thread has waited in the kernel.
-pub fn voluntary_switches(tgid: Tgid, tid: Tid) -> Option<u64> {
-    let status = std::fs::read_to_string(format!("/proc/{}/task/{}/status", tgid.0, tid.0)).ok()?;
-    status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"))?.trim().parse().ok()
-}
-
 /// Does a seccomp filter, or the strict mode, stand between the thread and its system calls? If it cannot be read, yes.
 pub fn is_filtered(tgid: Tgid, tid: Tid) -> bool {
     let status =
@@ -173,9 +167,11 @@ pub fn network_namespace(tgid: Tgid) -> io::Result<u32> {
 /// Where the vDSO of a process is: AT_SYSINFO_EHDR in its auxiliary vector.
 pub fn vdso(tgid: Tgid) -> io::Result<Option<RemoteAddr>> {
     const AT_NULL: u64 = 0;
-    let auxv = std::fs::read(format!("/proc/{}/auxv", tgid.0))?;
+    // Twice what the kernel puts there. It gives all of it at once.
+    let mut auxv = [0; 1 << 10];
+    let length = File::open(format!("/proc/{}/auxv", tgid.0))?.read(&mut auxv)?;
     let word = |bytes: &[u8]| bytes.try_into().map(u64::from_ne_bytes).unwrap_or(AT_NULL);
-    let mut entries = auxv.chunks_exact(16).map(|entry| (word(&entry[..8]), word(&entry[8..])));
+    let mut entries = auxv[..length].chunks_exact(16).map(|entry| (word(&entry[..8]), word(&entry[8..])));
     Ok(entries
         .by_ref()
         .take_while(|(kind, _)| *kind != AT_NULL)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! How long threads would sleep on, by `bpf/sleep.bpf.c`.
+//! How long threads would sleep on, and what they are like once stopped, by `bpf/sleep.bpf.c`.
 
 use std::{
     mem::MaybeUninit,
@@ -30,6 +30,8 @@ use skeleton::types;
 
 // SAFETY: integers and arrays of integers, padding explicit.
 unsafe impl Record for types::sleepers {}
+// SAFETY: as above.
+unsafe impl Record for types::threads {}
 
 /// A thread that sleeps for a time.
 #[derive(Clone, Copy, Debug)]
@@ -40,25 +42,40 @@ pub struct Sleeper {
     pub switches: u64,
 }
 
-/// The loaded program.
-pub struct Program {
+/// A thread that stands still.
+#[derive(Clone, Copy, Debug)]
+pub struct Stopped {
+    pub tid: Tid,
+    /// How often it has waited in the kernel, its stop included.
+    pub switches: u64,
+    /// Does a seccomp filter, or the strict mode, stand between it and its system calls?
+    pub is_filtered: bool,
+}
+
+/// The loaded programs.
+pub struct Programs {
     find_sleepers: OwnedFd,
+    look_at_threads: OwnedFd,
     sleeping: MapHandle,
+    stopped: MapHandle,
     /// What the kernel's coarse timers count.
     tick: Duration,
 }
 
-impl Program {
-    pub fn load() -> Result<Program, InspectError> {
+impl Programs {
+    pub fn load() -> Result<Programs, InspectError> {
         let mut object = MaybeUninit::uninit();
         let skel = skeleton::SleepSkelBuilder::default()
             .open(&mut object)
             .and_then(|open| open.load())
             .map_err(InspectError::Load)?;
-        let find_sleepers = skel.progs.find_sleepers.as_fd().try_clone_to_owned();
-        Ok(Program {
-            find_sleepers: find_sleepers.map_err(|error| InspectError::Load(error.into()))?,
+        let keep =
+            |fd: BorrowedFd<'_>| fd.try_clone_to_owned().map_err(|error| InspectError::Load(error.into()));
+        Ok(Programs {
+            find_sleepers: keep(skel.progs.find_sleepers.as_fd())?,
+            look_at_threads: keep(skel.progs.look_at_threads.as_fd())?,
             sleeping: MapHandle::try_from(&skel.maps.sleeping).map_err(InspectError::Load)?,
+            stopped: MapHandle::try_from(&skel.maps.stopped).map_err(InspectError::Load)?,
             // This clock goes by ticks.
             tick: clock_getres(ClockId::CLOCK_MONOTONIC_COARSE)
                 .map_err(|error| InspectError::Run(error.into()))?
@@ -86,6 +103,22 @@ impl Inspector {
         let record: types::sleepers = self.result(&program.sleeping)?;
         let found = record.list.iter().take(record.count as usize);
         Ok(found.map(|found| program.sleeper(found)).collect())
+    }
+
+    /// The threads of the process behind `pidfd`, all of which stand still. Of very many, some are left out.
+    pub fn stopped(&self, pidfd: BorrowedFd<'_>) -> Result<Vec<Stopped>, InspectError> {
+        let program = &self.programs.sleep;
+        if !self.run(&program.look_at_threads, pidfd, 0)? {
+            return Ok(vec![]);
+        }
+        let record: types::threads = self.result(&program.stopped)?;
+        let found = record.list.iter().take(record.count as usize);
+        let stopped = |thread: &types::thread| Stopped {
+            tid: Tid(thread.tid as i32),
+            switches: thread.switches,
+            is_filtered: thread.seccomp != 0,
+        };
+        Ok(found.map(stopped).collect())
     }
 }
 
