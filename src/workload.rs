@@ -38,8 +38,11 @@ use runtimes::Answer;
 /// The most containers that are remembered, and about which runtimes are asked at once.
 const MAX_KNOWN: usize = 4096;
 const MAX_ASKED: usize = 256;
-/// How long a container stays unknown that no runtime knows: another program's, such as systemd-nspawn's.
+/// How long a container stays unknown that no runtime knows: another program's, such as nerdctl's.
 const NOWHERE: Duration = Duration::from_secs(5);
+/// And one of which a runtime that does not answer may know: shorter than what lies between two looks at the connections
+/// of unknown containers, and not zero, or an answer that fails at once would be asked for again at once.
+const UNREACHABLE: Duration = Duration::from_secs(1);
 /// The longest label that is kept, name and value, bytes: one of Kubernetes has up to 380. A container of Docker has
 /// those of its image too, and most that are longer are texts for people.
 const MAX_LABEL: usize = 512;
@@ -73,8 +76,7 @@ pub struct Workloads {
 enum Known {
     Asked,
     Is(Workload),
-    /// When all runtimes have said so.
-    Nowhere(Instant),
+    UnknownUntil(Instant),
 }
 
 impl Workloads {
@@ -112,8 +114,8 @@ impl Workloads {
         match self.known.get(container) {
             Some(Known::Is(workload)) => return Some(workload.clone()),
             Some(Known::Asked) => return None,
-            Some(Known::Nowhere(since)) if since.elapsed() < NOWHERE => return None,
-            Some(Known::Nowhere(_)) | None => {}
+            Some(Known::UnknownUntil(time)) if Instant::now() < *time => return None,
+            Some(Known::UnknownUntil(_)) | None => {}
         }
         let asked = self.known.values().filter(|known| matches!(known, Known::Asked)).count();
         if asked < MAX_ASKED {
@@ -138,17 +140,18 @@ impl Workloads {
     }
 
     pub fn learn(&mut self, Told { container, answer }: Told) {
-        match answer {
+        let known = match answer {
             Answer::Is(workload) => {
                 log::debug!("container {} is {}", container.short(), workload.name);
-                self.known.insert(container, Known::Is(workload))
+                Known::Is(workload)
             }
             Answer::Nowhere => {
                 log::debug!("container {} is known to no runtime", container.short());
-                self.known.insert(container, Known::Nowhere(Instant::now()))
+                Known::UnknownUntil(Instant::now() + NOWHERE)
             }
-            Answer::Unreachable => self.known.remove(&container),
+            Answer::Unreachable => Known::UnknownUntil(Instant::now() + UNREACHABLE),
         };
+        self.known.insert(container, known);
     }
 }
 
@@ -168,7 +171,25 @@ fn kept(labels: BTreeMap<String, String>) -> BTreeMap<String, String> {
 
 #[cfg(test)]
 mod tests {
+    use tokio::time::timeout;
+
     use super::*;
+    use runtimes::RuntimeSetting;
+
+    #[tokio::test]
+    async fn a_runtime_that_does_not_answer_is_not_asked_again_at_once() {
+        let nobody = RuntimeSetting::Socket("/nonexistent/runtime.sock".into());
+        let (mut workloads, mut told) = Workloads::open(None, Runtimes::new(&nobody).unwrap()).unwrap();
+        let unknown = cgroup::containers(&format!("0::/docker/{}\n", "7".repeat(64)));
+        let untold = Workload { unknown, ..Workload::default() };
+        assert_eq!(workloads.resolve(&untold), None);
+        workloads.learn(told.recv().await.unwrap());
+        assert_eq!(workloads.resolve(&untold), None);
+        assert!(timeout(UNREACHABLE / 4, told.recv()).await.is_err(), "it was asked again");
+        tokio::time::sleep(UNREACHABLE).await;
+        assert_eq!(workloads.resolve(&untold), None);
+        assert!(told.recv().await.is_some());
+    }
 
     #[test]
     fn an_unknown_container_is_named_after_the_end_of_its_cgroup_path() {
