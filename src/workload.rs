@@ -39,7 +39,7 @@ use runtimes::Answer;
 const MAX_KNOWN: usize = 4096;
 const MAX_ASKED: usize = 256;
 /// How long a container stays unknown that no runtime knows: another program's, such as nerdctl's.
-const NOWHERE: Duration = Duration::from_secs(5);
+const NOWHERE: Duration = Duration::from_secs(30);
 /// And one of which a runtime that does not answer may know: shorter than what lies between two looks at the connections
 /// of unknown containers, and not zero, or an answer that fails at once would be asked for again at once.
 const UNREACHABLE: Duration = Duration::from_secs(1);

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The container runtimes of this host, asked one after the other. One may be down, restart, or be installed later:
-//! its socket is looked for each time that something is asked.
+//! its socket is looked for each time that something is asked. Where a socket was and is no more, the runtime is down:
+//! it removes the socket when it stops, and an old one when it starts. Until one that starts has its books read, it
+//! answers with an error.
 
 use std::{
     path::{Path, PathBuf},
@@ -93,8 +95,8 @@ pub struct Runtimes {
 struct Runtime {
     socket: PathBuf,
     api: Api,
-    /// Whoever gave it says that there is one.
-    is_expected: bool,
+    /// Somebody says that there is one, or there was.
+    is_expected: AtomicBool,
     /// Said once, and that it answers again.
     is_down: AtomicBool,
 }
@@ -110,10 +112,10 @@ impl Runtimes {
     /// Must be called in a tokio runtime. An error: the path is not UTF-8.
     pub fn new(setting: &RuntimeSetting) -> Result<Runtimes, RuntimeError> {
         let client = |path: &Path| Client::new(path, ANSWER).map_err(RuntimeError::Cri);
-        let runtime = |path: &Path, api, is_expected| Runtime {
+        let runtime = |path: &Path, api, is_given| Runtime {
             socket: path.to_owned(),
             api,
-            is_expected,
+            is_expected: AtomicBool::new(is_given || path.exists()),
             is_down: AtomicBool::new(false),
         };
         let mut list = Vec::new();
@@ -142,7 +144,7 @@ impl Runtimes {
     pub async fn find(&self, containers: &[ContainerId]) -> Answer {
         for container in containers {
             let mut all_answered = true;
-            for runtime in self.present() {
+            for runtime in self.expected() {
                 match runtime.find(container).await {
                     Ok(Some(workload)) => return Answer::Is(workload),
                     Ok(None) => {}
@@ -156,21 +158,26 @@ impl Runtimes {
         Answer::Nowhere
     }
 
-    /// Each runtime that is here: its socket, and its name or why it does not answer.
+    /// Each runtime that is expected here: its socket, and its name or why it does not answer.
     pub async fn probe(&self) -> Vec<(&Path, Result<String, RuntimeError>)> {
         let mut found = Vec::new();
-        for runtime in self.present() {
+        for runtime in self.expected() {
             found.push((runtime.socket.as_path(), runtime.in_time(runtime.name()).await));
         }
         found
     }
 
-    fn present(&self) -> impl Iterator<Item = &Runtime> {
-        self.list.iter().filter(|runtime| runtime.is_expected || runtime.socket.exists())
+    fn expected(&self) -> impl Iterator<Item = &Runtime> {
+        self.list.iter().filter(|runtime| runtime.is_expected())
     }
 }
 
 impl Runtime {
+    fn is_expected(&self) -> bool {
+        let is_here = self.socket.exists();
+        self.is_expected.fetch_or(is_here, Ordering::Relaxed) || is_here
+    }
+
     async fn find(&self, container: &ContainerId) -> Result<Option<Workload>, RuntimeError> {
         let answer = self.in_time(self.ask(container)).await;
         let socket = self.socket.display();

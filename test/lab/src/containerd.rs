@@ -186,10 +186,11 @@ impl<'lab> Containerd<'lab> {
         Ok(())
     }
 
-    /// SIGKILL. What it has started runs on.
-    pub fn stop(&self) -> Result<()> {
+    /// What it has started runs on.
+    pub fn stop(&self, signal: Signal) -> Result<()> {
         let (process, _) = self.lock().take().context("no containerd is running")?;
-        process.kill()
+        process.signal(signal)?;
+        process.wait(DEADLINE).map(drop)
     }
 
     pub fn signal(&self, signal: Signal) -> Result<()> {

@@ -175,7 +175,17 @@ fn a_runtime_that_hangs_stalls_nothing_and_is_asked_again() -> Result<()> {
 
 #[test]
 fn a_runtime_that_was_killed_and_started_again_is_asked_again() -> Result<()> {
-    let lab = Lab::new("runtime-restarts")?;
+    check_restart("runtime-killed", Signal::SIGKILL)
+}
+
+/// It takes its socket with it.
+#[test]
+fn a_runtime_that_was_stopped_and_started_again_is_asked_again() -> Result<()> {
+    check_restart("runtime-stopped", Signal::SIGTERM)
+}
+
+fn check_restart(name: &str, signal: Signal) -> Result<()> {
+    let lab = Lab::new(name)?;
     let containerd = Containerd::start(&lab.h2)?;
     start_routers(&lab, RULE_FOR_SHOP, "auto")?;
     let client = lab.h1.pod("client")?;
@@ -184,7 +194,7 @@ fn a_runtime_that_was_killed_and_started_again_is_asked_again() -> Result<()> {
     let (before, unknown) = (containerd.run_pod(&before)?, containerd.run_pod(&unknown)?);
     let to_before = connect_to(&client, &before, 0, 7000)?;
     lab.h2.wait_until_on_host(7000)?;
-    containerd.stop()?;
+    containerd.stop(signal)?;
     let to_unknown = connect_to(&client, &unknown, 0, 7001)?;
     expect_refused(&lab.h2, 7001)?;
     wait_until_logged(&lab.h2, "the container runtime does not answer")?;
