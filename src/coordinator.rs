@@ -65,6 +65,7 @@ use wire::{Message, Tuple};
 use crate::{
     cluster::Reach,
     forwarder::{ForwarderEvent, Sent},
+    heap,
     identity::Identity,
     peers::PeerAddress,
     rules::Reading,
@@ -281,7 +282,12 @@ pub async fn run(parts: Parts, mut inlets: Inlets) -> anyhow::Result<()> {
             Some(wish) = inlets.wishes.recv() => coordinator.wish(wish).await,
             () = at(alarm) => coordinator.handle(Event::Alarm).await,
             Some(reading) = inlets.rules.recv() => coordinator.read_rules(reading).await,
-            _ = surroundings.tick() => coordinator.look_around().await,
+            _ = surroundings.tick() => {
+                coordinator.look_around().await;
+                if coordinator.ledger.is_at_rest() {
+                    heap::trim();
+                }
+            }
             _ = scan.tick() => drop(coordinator.scan()),
             _ = watch.tick() => watch.reset_after(coordinator.watch().await),
             _ = terminate.recv(), if stop.is_none() => stop = Some(coordinator.stop().await),

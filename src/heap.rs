@@ -18,3 +18,9 @@ pub fn keep_small() {
         libc::mallopt(libc::M_ARENA_MAX, ARENAS);
     }
 }
+
+/// Give back what is free, wherever it lies.
+pub fn trim() {
+    // SAFETY: malloc_trim(3) takes an integer, and may be called at any time.
+    unsafe { libc::malloc_trim(0) };
+}

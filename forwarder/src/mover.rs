@@ -361,7 +361,6 @@ fn over(mut member: Member, unread: &[u64], may_return: bool, common: &Moved) ->
             && ends.iter().zip(unread).all(|(end, unread)| discard(end.old.as_fd(), *unread as usize)))
         .then(|| Parked {
             overlay: ends.into_iter().map(|end| end.old).collect(),
-            host: moved.sockets.clone(),
             note: std::mem::take(&mut member.prepared.note),
             moved: moved.clone(),
         }),

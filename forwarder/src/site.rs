@@ -38,7 +38,8 @@ pub struct Site {
     pub bell: Bell,
     /// Processes that take part in a transaction.
     reserved: Mutex<HashSet<Tgid>>,
-    parked: Mutex<HashMap<ConnId, Parked>>,
+    /// In boxes: up to half of the room in a table is empty.
+    parked: Mutex<HashMap<ConnId, Box<Parked>>>,
     /// Prepared, or being moved; true if released since: not to be parked again.
     in_hand: Mutex<HashMap<ConnId, bool>>,
     /// Watches the parked sockets for their end.
@@ -50,9 +51,8 @@ pub struct Site {
 pub struct Parked {
     /// Overlay sockets: one, or two for a connection within this host.
     pub overlay: Vec<OwnedFd>,
-    /// The host sockets that the applications have now.
-    pub host: Vec<SocketInode>,
     pub note: Vec<u8>,
+    /// With the host sockets that the applications have now.
     pub moved: Moved,
 }
 
@@ -186,7 +186,7 @@ impl Site {
             }
             (PrepareTarget::Parked, Direction::ToOverlay) => {
                 let parked = self.unpark(conn).ok_or(Refusal::NotParked)?;
-                let host = parked.host.clone();
+                let host = parked.moved.sockets.clone();
                 prepared.note = parked.note.clone();
                 prepared.parked = Some(parked);
                 host
@@ -265,7 +265,7 @@ impl Site {
                 log::warn!("{conn}: the end of its overlay connection will not be noticed: {error}");
             }
         }
-        all.insert(conn, parked);
+        all.insert(conn, Box::new(parked));
     }
 
     /// The registration goes with it: it would stay with the socket wherever that goes.
@@ -274,7 +274,7 @@ impl Site {
         for socket in &parked.overlay {
             let _ = self.ends.delete(socket);
         }
-        Some(parked)
+        Some(*parked)
     }
 
     /// Close the overlay sockets of a connection that is over, or will be as soon as its transaction is.
@@ -323,7 +323,7 @@ impl Site {
 
     /// Release what belongs to host sockets that nobody holds any more: without a router, nobody else tells.
     pub fn release_forsaken(&self) {
-        let host_sockets = |parked: &Parked| parked.host.clone();
+        let host_sockets = |parked: &Parked| parked.moved.sockets.clone();
         let parked: Vec<(ConnId, Vec<SocketInode>)> =
             locked(&self.parked).iter().map(|(conn, parked)| (*conn, host_sockets(parked))).collect();
         if parked.is_empty() {
@@ -368,7 +368,7 @@ impl Site {
             .iter()
             .map(|(conn, parked)| ParkedConn {
                 conn: *conn,
-                host_sockets: parked.host.clone(),
+                host_sockets: parked.moved.sockets.clone(),
                 note: parked.note.clone(),
                 moved: parked.moved.clone(),
             })

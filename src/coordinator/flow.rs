@@ -112,7 +112,8 @@ pub struct Flow {
     pub held: bool,
     /// Why it is where it is, if that is not where it should be.
     pub reason: Option<Refusal>,
-    pub attempt: Option<Attempt>,
+    /// In a box: most have none.
+    pub attempt: Option<Box<Attempt>>,
     pub order: Option<Order>,
     /// Stands in line for an attempt.
     pub in_line: bool,

@@ -240,6 +240,11 @@ struct Stopping {
 }
 
 impl Ledger {
+    /// No connection is on its way by our lead.
+    pub fn is_at_rest(&self) -> bool {
+        self.attempts == 0
+    }
+
     /// `seed` makes the names of connections differ from those of other routers and of other times.
     pub fn new(seed: u64, now: Instant) -> Ledger {
         Ledger {

@@ -22,8 +22,9 @@ impl Ledger {
     ) {
         let (negotiation, outputs) = Negotiation::start(part, direction);
         let Some(flow) = self.flows.get_mut(&tuple) else { return };
-        flow.attempt =
-            Some(Attempt { negotiation, cause, number, rendezvous: None, holder: None, other_holder: None });
+        let attempt =
+            Attempt { negotiation, cause, number, rendezvous: None, holder: None, other_holder: None };
+        flow.attempt = Some(Box::new(attempt));
         flow.in_line = false;
         self.attempts += usize::from(part != Part::Follower);
         self.set_alarm(tuple, self.now + STEP);

@@ -160,7 +160,7 @@ impl Ledger {
     pub(super) fn attempt_with(&mut self, peer: PeerAddress, attempted: Attempted) -> Option<&mut Attempt> {
         let tuple = *self.conns.get(&attempted.conn)?;
         let flow = self.flows.get_mut(&tuple).filter(|flow| flow.home == Home::Peer(peer))?;
-        flow.attempt.as_mut().filter(|attempt| attempt.number == attempted.number)
+        flow.attempt.as_deref_mut().filter(|attempt| attempt.number == attempted.number)
     }
 
     fn leads_with(&self, peer: PeerAddress, tuple: Tuple) -> bool {

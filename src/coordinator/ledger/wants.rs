@@ -73,7 +73,7 @@ impl Ledger {
         for tuple in self.flows.keys().copied().collect::<Vec<_>>() {
             let Some(flow) = self.flows.get(&tuple) else { continue };
             let to_host = |attempt: &Attempt| leave || attempt.negotiation.direction == Direction::ToHost;
-            if flow.attempt.as_ref().is_some_and(to_host) {
+            if flow.attempt.as_deref().is_some_and(to_host) {
                 self.step(tuple, Input::GiveUp(Refusal::Stopping));
             }
             self.order_back(tuple);

@@ -72,8 +72,8 @@ fn measure(run: &Run<'_>, case: &str, connections: usize) -> Result<Vec<Figure>>
         watching.join().map_err(|_| anyhow::anyhow!("the watch of the swaps ended with a panic"))?
     })?;
     ensure!(moved > 0, "no connection was swapped within {LIMIT:?}: {:?}", host.status()?);
-    let after = Memory::of(host)?;
     let idle_percent = idle_percent(host)?;
+    let after = Memory::of(host)?;
     let stopping = Instant::now();
     setting.stop_routers()?;
     let back = stopping.elapsed();
