@@ -384,7 +384,12 @@ impl Live<'_> {
     fn fd(&self, table: &Table, fd: RemoteFd) -> Result<Option<FdFacts>, Refusal> {
         let process = self.frozen.processes().iter().find(|process| process.tgid == table.tgid);
         let process = process.ok_or(Refusal::HolderVanished)?;
-        self.inspector.fd(process.pidfd.as_fd(), fd).map_err(cannot_look)
+        if let Some(facts) = process.seen.borrow().get(&fd) {
+            return Ok(*facts);
+        }
+        let facts = self.inspector.fd(process.pidfd.as_fd(), fd).map_err(cannot_look)?;
+        process.seen.borrow_mut().insert(fd, facts);
+        Ok(facts)
     }
 }
 

@@ -12,6 +12,7 @@
 //! While anything is frozen, nothing here waits for anybody but the kernel.
 
 use std::{
+    cell::RefCell,
     collections::HashMap,
     marker::PhantomData,
     os::fd::OwnedFd,
@@ -27,6 +28,7 @@ use crate::{
     child,
     fault::{self, Point},
     foothold::Foothold,
+    inspect::FdFacts,
     process::{self, Memory, RemoteAddr, RemoteFd, Tgid, Tid},
     rseq,
 };
@@ -47,6 +49,8 @@ pub struct FrozenProcess {
     pub pidfd: OwnedFd,
     pub memory: Memory,
     pub foothold: Foothold,
+    /// Descriptors that were looked at: nobody changes them before the gate.
+    pub seen: RefCell<HashMap<RemoteFd, Option<FdFacts>>>,
     threads: Vec<FrozenThread>,
 }
 
@@ -227,6 +231,7 @@ impl Frozen {
             pidfd: process::pidfd(tgid).map_err(process::lacking)?,
             foothold: Foothold { at: RemoteAddr(0), scratch: None, shelter: None },
             memory,
+            seen: RefCell::default(),
             threads: Vec::new(),
         };
         let mut refusal = None;
