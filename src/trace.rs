@@ -17,7 +17,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     thread::JoinHandle,
     time::Instant,
@@ -25,6 +25,7 @@ use std::{
 
 use forwarder_api::SocketInode;
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
+use mio::{Poll, Waker};
 use tokio::sync::{mpsc, watch};
 
 use crate::{
@@ -150,7 +151,7 @@ impl Scope {
 pub struct Tracer {
     counters: MapHandle,
     lost_here: Arc<AtomicU64>,
-    stop: Arc<AtomicBool>,
+    stop: Waker,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -162,7 +163,9 @@ impl Tracer {
         telling: Telling,
         events: mpsc::Sender<TraceEvent>,
     ) -> Result<Tracer, TraceError> {
-        let (stop, lost_here) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let lost_here = Arc::new(AtomicU64::new(0));
+        let wake = Poll::new().map_err(TraceError::Thread)?;
+        let stop = Waker::new(wake.registry(), reader::STOP).map_err(TraceError::Thread)?;
         let identities = identity.map().try_clone_to_owned().map_err(TraceError::Thread)?;
         let (ready, is_ready) = std::sync::mpsc::sync_channel(1);
         let task = reader::Task {
@@ -170,7 +173,7 @@ impl Tracer {
             identities,
             telling,
             events,
-            stop: Arc::clone(&stop),
+            wake,
             lost: Arc::clone(&lost_here),
         };
         let thread = std::thread::Builder::new()
@@ -194,8 +197,10 @@ impl Tracer {
 
 impl Drop for Tracer {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
+        // An error: it sleeps on, and ends with the process.
+        if self.stop.wake().is_ok()
+            && let Some(thread) = self.thread.take()
+        {
             let _ = thread.join();
         }
     }

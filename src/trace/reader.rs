@@ -9,7 +9,7 @@ use std::{
     os::fd::{AsFd, AsRawFd, OwnedFd},
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
         mpsc::SyncSender,
     },
     time::{Duration, Instant},
@@ -20,6 +20,7 @@ use libbpf_rs::{
     Link, MapCore, MapFlags, MapHandle, ProgramInput, ProgramMut, RingBuffer, RingBufferBuilder,
     skel::{OpenSkel, SkelBuilder},
 };
+use mio::{Interest, Poll, Token, unix::SourceFd};
 use tokio::sync::{mpsc, watch};
 
 use super::{
@@ -44,8 +45,9 @@ pub(super) const SIDE_CLIENT: u64 = 1;
 /// `bpf/connect.bpf.c`
 const LOOK: u32 = 512;
 
-/// How long the thread sleeps before it looks whether it is to stop.
-const SLEEP: Duration = Duration::from_millis(200);
+/// What wakes the thread.
+pub(super) const STOP: Token = Token(0);
+const RING: Token = Token(1);
 /// Between two looks at births: a quarter of the time after which the first are told, within these.
 const SHORTEST_PERIOD: Duration = Duration::from_millis(1);
 const LONGEST_PERIOD: Duration = Duration::from_millis(25);
@@ -57,7 +59,7 @@ pub struct Task {
     pub identities: OwnedFd,
     pub telling: Telling,
     pub events: mpsc::Sender<TraceEvent>,
-    pub stop: Arc<AtomicBool>,
+    pub wake: Poll,
     /// Records lost here.
     pub lost: Arc<AtomicU64>,
 }
@@ -117,8 +119,12 @@ impl Task {
             Telling::AtOnce => None,
             Telling::WhenOldEnough(rules) => Some(rules),
         };
+        let ring = builder.build()?;
+        self.wake.registry().register(&mut SourceFd(&ring.epoll_fd()), RING, Interest::READABLE)?;
         let mut reader = Reader {
-            ring: builder.build()?,
+            ring,
+            wake: self.wake,
+            woken: mio::Events::with_capacity(2),
             records: &records,
             asleep: &skel.maps.asleep,
             look_at_births: &mut skel.progs.look_at_births,
@@ -131,8 +137,7 @@ impl Task {
             births_due: Some(Instant::now()),
             young: Young::new(),
         };
-        while !self.stop.load(Ordering::Relaxed) {
-            reader.wait()?;
+        while !reader.wait()? {
             reader.look()?;
         }
         Ok(())
@@ -141,6 +146,8 @@ impl Task {
 
 struct Reader<'a, 'obj> {
     ring: RingBuffer<'a>,
+    wake: Poll,
+    woken: mio::Events,
     records: &'a RefCell<Vec<Record>>,
     asleep: &'a dyn MapCore,
     look_at_births: &'a mut ProgramMut<'obj>,
@@ -158,17 +165,19 @@ struct Reader<'a, 'obj> {
 }
 
 impl Reader<'_, '_> {
-    /// For the next look, or a record.
-    fn wait(&mut self) -> Result<(), libbpf_rs::Error> {
+    /// For the next look, a record, or the end: true.
+    fn wait(&mut self) -> Result<bool, libbpf_rs::Error> {
         let next = self.births_due.into_iter().chain(self.young.next()).min();
-        let left = next.map_or(SLEEP, |at| at.saturating_duration_since(Instant::now()).min(SLEEP));
-        // In whole milliseconds: not to come a little too early, again and again.
-        let left = Duration::from_millis(left.as_micros().div_ceil(1000) as u64);
-        match self.ring.poll(left) {
+        let left = next.map(|at| at.saturating_duration_since(Instant::now()));
+        match self.wake.poll(&mut self.woken, left) {
+            Err(error) if error.kind() != std::io::ErrorKind::Interrupted => return Err(error.into()),
+            Ok(()) | Err(_) => {}
+        }
+        match self.ring.poll(Duration::ZERO) {
             Err(error) if error.kind() != libbpf_rs::ErrorKind::Interrupted => return Err(error),
             Ok(()) | Err(_) => self.take_in(),
         }
-        Ok(())
+        Ok(self.woken.iter().any(|event| event.token() == STOP))
     }
 
     fn period(&self) -> Duration {

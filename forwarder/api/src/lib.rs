@@ -204,7 +204,7 @@ pub struct Moved {
     pub pause_us: u64,
     /// Parts of the pause: until all threads stood still.
     pub freeze_us: u64,
-    /// Until nothing was in flight.
+    /// Until nothing was in flight, and the new socket waited at the gate.
     pub settle_us: u64,
     /// Until the new socket was in place.
     pub install_us: u64,

@@ -99,7 +99,6 @@ impl Local<'_> {
             }
             (_, _, Relation::Strangers) => return Err(Refusal::NotTheSameConnection),
         };
-        self.times.settled = Some(Instant::now());
         self.unread = facts.iter().map(SocketFacts::unread_bytes).collect();
         if looks.iter().any(|look| look.unread.is_none()) {
             looks = super::looks(self.ends.iter().copied(), &facts, true)?;
@@ -114,6 +113,7 @@ impl Local<'_> {
             armed.turn_back(frozen);
             return Err(reason);
         }
+        self.times.settled = Some(Instant::now());
         *gate_opened = true;
         armed.install(frozen, &self.new)?;
         self.times.installed = Some(Instant::now());
