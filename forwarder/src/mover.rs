@@ -47,6 +47,8 @@ use crate::{
 
 /// A connection whose queues hold more than this is made shallow before it is frozen, in bytes.
 const CALM_BYTES: u32 = 256 << 10;
+/// Who has so many bytes on their way pours, and freezes before the peer does.
+const POURING_BYTES: u32 = 16 << 10;
 /// How long a busy connection may take to become shallow (its application runs on), and how often that is looked at.
 const CALM_TIME: Duration = Duration::from_millis(50);
 const CALM_POLL: Duration = Duration::from_micros(500);
@@ -475,6 +477,7 @@ impl<'a> Running<'a> {
                 None
             }
             Action::MakeShallow => self.make_shallow(),
+            Action::Weigh => self.is_pouring().then_some(Event::Pouring),
             Action::Freeze => Some(self.freeze().map_or_else(Event::FreezeFailed, Event::Frozen)),
             Action::FreezeAndSave => {
                 Some(self.freeze_and_save().map_or_else(Event::FreezeFailed, Event::Saved))
@@ -533,6 +536,14 @@ impl<'a> Running<'a> {
             }
             Ok(None) | Err(_) => 0,
         }
+    }
+
+    fn is_pouring(&self) -> bool {
+        let unacknowledged = |end: &PreparedEnd| match self.inspector.socket(end.old.as_fd()) {
+            Ok(Some(facts)) => facts.write_seq.wrapping_sub(facts.snd_una),
+            Ok(None) | Err(_) => 0,
+        };
+        self.ends().any(|end| unacknowledged(end) > POURING_BYTES)
     }
 
     fn is_calm(&self) -> bool {

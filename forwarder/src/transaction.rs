@@ -12,7 +12,7 @@
 //!                │ both calm: tell Freeze               │ Freeze
 //!                ▼                                      │
 //!             Calling ◄────── F on the witness ──────── │
-//!                │ freeze                               │ freeze
+//!                │ freeze (at once, if it pours)        │ freeze
 //!                ▼                                      ▼
 //!             Arming ◄──────── looks, both ways ────► Arming
 //!                │ armed                                │ armed
@@ -128,6 +128,8 @@ pub enum Event {
     Start,
     /// The old connection carries little enough now, or has had its time to.
     Calm,
+    /// The decider's end has written what is still on its way: the follower may go on reading it.
+    Pouring,
     Frozen(Vec<Look>),
     /// Frozen, and the queues read.
     Saved(Vec<Queue>),
@@ -156,6 +158,8 @@ pub enum Event {
 pub enum Action {
     Tell(Message),
     MakeShallow,
+    /// Say whether something is on its way to the peer.
+    Weigh,
     Freeze,
     /// Freeze, and read the send queues.
     FreezeAndSave,
@@ -287,6 +291,7 @@ impl End {
             Event::Calm
             | Event::Frozen(_)
             | Event::Saved(_)
+            | Event::Pouring
             | Event::FreezeFailed(_)
             | Event::Looked(_)
             | Event::Peer(_)
@@ -313,6 +318,7 @@ impl End {
             Event::Start
             | Event::Frozen(_)
             | Event::Saved(_)
+            | Event::Pouring
             | Event::FreezeFailed(_)
             | Event::Looked(_)
             | Event::Peer(Message::Freeze | Message::Saved | Message::Looks(_))
@@ -341,6 +347,7 @@ impl End {
             Event::Start
             | Event::Frozen(_)
             | Event::Saved(_)
+            | Event::Pouring
             | Event::FreezeFailed(_)
             | Event::Looked(_)
             | Event::Peer(Message::Calm | Message::Saved | Message::Looks(_))
@@ -358,14 +365,14 @@ impl End {
         if mine && theirs { self.call() } else { (Stage::Calming { mine, theirs }, vec![]) }
     }
 
-    /// Neither end stands still while it waits for the other to begin.
+    /// Neither end stands still while it waits for the other to begin, but for what lands meanwhile.
     fn call(&self) -> (Stage, Vec<Action>) {
-        (Stage::Calling, vec![Action::Tell(Message::Freeze), Action::AwaitWord])
+        (Stage::Calling, vec![Action::Tell(Message::Freeze), Action::AwaitWord, Action::Weigh])
     }
 
     fn calling(&self, event: Event) -> (Stage, Vec<Action>) {
         match event {
-            Event::Heard(Word::Freezing) => self.freeze(),
+            Event::Heard(Word::Freezing) | Event::Pouring => self.freeze(),
             // Its word is late.
             Event::Peer(Message::Looks(looks)) => {
                 (Stage::Freezing { theirs: Some(looks) }, vec![Action::Freeze])
@@ -413,6 +420,7 @@ impl End {
             Event::BudgetOver => self.abort(Refusal::FreezeBudget),
             Event::Start
             | Event::Calm
+            | Event::Pouring
             | Event::Saved(_)
             | Event::Looked(_)
             | Event::Peer(Message::Calm | Message::Freeze | Message::Saved)
@@ -439,6 +447,7 @@ impl End {
             | Event::Calm
             | Event::Frozen(_)
             | Event::Saved(_)
+            | Event::Pouring
             | Event::FreezeFailed(_)
             | Event::Looked(_)
             | Event::Peer(Message::Calm | Message::Freeze | Message::Saved)
@@ -471,6 +480,7 @@ impl End {
             | Event::Calm
             | Event::Frozen(_)
             | Event::Saved(_)
+            | Event::Pouring
             | Event::FreezeFailed(_)
             | Event::Peer(Message::Calm | Message::Freeze | Message::Saved)
             | Event::Armed
@@ -523,6 +533,7 @@ impl End {
             | Event::Calm
             | Event::Frozen(_)
             | Event::Saved(_)
+            | Event::Pouring
             | Event::FreezeFailed(_)
             | Event::Looked(_)
             | Event::Armed
@@ -547,6 +558,7 @@ impl End {
             | Event::Calm
             | Event::Frozen(_)
             | Event::Saved(_)
+            | Event::Pouring
             | Event::FreezeFailed(_)
             | Event::Looked(_)
             | Event::Peer(Message::Calm | Message::Freeze | Message::Saved | Message::Looks(_))
@@ -572,6 +584,7 @@ impl End {
             | Event::Calm
             | Event::Frozen(_)
             | Event::Saved(_)
+            | Event::Pouring
             | Event::FreezeFailed(_)
             | Event::Looked(_)
             | Event::Peer(Message::Calm | Message::Freeze | Message::Saved | Message::Looks(_))
@@ -596,6 +609,7 @@ impl End {
             | Event::Calm
             | Event::Frozen(_)
             | Event::Saved(_)
+            | Event::Pouring
             | Event::FreezeFailed(_)
             | Event::Looked(_)
             | Event::Peer(_)

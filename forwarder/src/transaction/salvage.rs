@@ -23,6 +23,7 @@ impl End {
             Event::BudgetOver => self.abort(Refusal::FreezeBudget),
             Event::Start
             | Event::Calm
+            | Event::Pouring
             | Event::Frozen(_)
             | Event::Looked(_)
             | Event::Peer(Message::Calm | Message::Freeze | Message::Looks(_))
@@ -62,6 +63,7 @@ impl End {
             | Event::Calm
             | Event::Frozen(_)
             | Event::Saved(_)
+            | Event::Pouring
             | Event::FreezeFailed(_)
             | Event::Looked(_)
             | Event::Peer(Message::Calm | Message::Freeze)

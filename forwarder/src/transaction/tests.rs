@@ -55,6 +55,8 @@ struct Side {
     machine: End,
     alive: bool,
     doing: Doing,
+    /// Something may be on its way to the peer.
+    weighing: bool,
     frozen: bool,
     /// The byte that was on its way to this end has arrived; its sender knows.
     landed: bool,
@@ -108,6 +110,10 @@ enum Step {
     },
     Acknowledge {
         side: usize,
+    },
+    Weigh {
+        side: usize,
+        pours: bool,
     },
     Deliver {
         side: usize,
@@ -191,6 +197,7 @@ impl Transaction {
                 }
             }
             Action::MakeShallow => here.doing = Doing::Calming,
+            Action::Weigh => here.weighing = true,
             Action::Freeze => {
                 here.awaiting_word = false;
                 here.doing = Doing::Freezing;
@@ -278,6 +285,7 @@ impl Model for Transaction {
             machine: End::new(role, self.direction, self.manner),
             alive: true,
             doing: Doing::Nothing,
+            weighing: false,
             frozen: false,
             landed: false,
             acknowledged: false,
@@ -341,6 +349,10 @@ impl Model for Transaction {
             if !matches!(here.doing, Doing::Nothing | Doing::Calming | Doing::Looking) {
                 continue;
             }
+            if here.weighing {
+                steps.extend([true, false].map(|pours| Step::Weigh { side, pours }));
+                continue;
+            }
             if !world.messages[side].is_empty() {
                 steps.push(Step::Deliver { side });
             }
@@ -400,6 +412,12 @@ impl Model for Transaction {
                     (Doing::Installing, _) => Event::InstallFailed(Refusal::PeerAborted),
                 };
                 self.feed(&mut next, side, event);
+            }
+            Step::Weigh { side, pours } => {
+                next.sides[side].weighing = false;
+                if pours {
+                    self.feed(&mut next, side, Event::Pouring);
+                }
             }
             Step::Deliver { side } => {
                 let message = next.messages[side].remove(0);
