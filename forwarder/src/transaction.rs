@@ -374,10 +374,12 @@ impl End {
         match event {
             Event::Heard(Word::Freezing) | Event::Pouring => self.freeze(),
             // Its word is late.
-            Event::Peer(Message::Looks(looks)) => {
+            Event::Peer(Message::Looks(looks)) if self.manner == Manner::Settle => {
                 (Stage::Freezing { theirs: Some(looks) }, vec![Action::Freeze])
             }
-            Event::Peer(Message::Saved) => (Stage::Saving { peer_saved: true }, vec![Action::FreezeAndSave]),
+            Event::Peer(Message::Saved) if self.manner == Manner::Salvage => {
+                (Stage::Saving { peer_saved: true }, vec![Action::FreezeAndSave])
+            }
             Event::Peer(Message::Abort { .. }) => self.go_back(Refusal::PeerAborted),
             Event::WitnessEnded => self.abort(Refusal::HostPathFailed),
             Event::SilenceOver => self.abort(Refusal::PeerGone),
@@ -388,7 +390,7 @@ impl End {
             | Event::Saved(_)
             | Event::FreezeFailed(_)
             | Event::Looked(_)
-            | Event::Peer(Message::Calm | Message::Freeze)
+            | Event::Peer(Message::Calm | Message::Freeze | Message::Saved | Message::Looks(_))
             | Event::Armed
             | Event::Loaded
             | Event::ArmFailed(_)

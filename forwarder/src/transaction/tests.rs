@@ -617,6 +617,19 @@ fn a_peer_that_was_let_go_without_our_hearing_of_it_is_no_stranger() {
     assert!(actions.contains(&Action::End(Err(Refusal::PeerAborted))), "{actions:?}");
 }
 
+#[test]
+fn a_follower_that_has_frozen_in_another_manner_is_not_followed() {
+    for (manner, message) in [(Manner::Settle, Message::Saved), (Manner::Salvage, Message::Looks(vec![]))] {
+        let mut end = End::new(Role::Decider, Direction::ToOverlay, manner);
+        for event in [Event::Start, Event::Calm, Event::Peer(Message::Calm)] {
+            end.step(event);
+        }
+        assert_eq!(end.stage, Stage::Calling);
+        assert_eq!(end.step(Event::Peer(message)), [], "{manner:?}");
+        assert_eq!(end.stage, Stage::Calling, "{manner:?}");
+    }
+}
+
 fn looks_of_batch(mine: &[(u32, u32)], theirs: &[(u32, u32)], expected: Relation) {
     let looks = |all: &[(u32, u32)]| -> Vec<Look> {
         all.iter()
