@@ -99,6 +99,11 @@ impl SocketFacts {
     pub fn unread_bytes(&self) -> u64 {
         u64::from(self.rcv_nxt.wrapping_sub(self.copied_seq))
     }
+
+    /// Written by the application, and not acknowledged by the peer's kernel yet.
+    pub fn unacknowledged_bytes(&self) -> u32 {
+        self.write_seq.wrapping_sub(self.snd_una)
+    }
 }
 
 /// The descriptor table of a process.

@@ -530,17 +530,14 @@ impl<'a> Running<'a> {
 
     fn queued_bytes(&self, end: &PreparedEnd) -> u32 {
         match self.inspector.socket(end.old.as_fd()) {
-            Ok(Some(facts)) => {
-                let sending = facts.write_seq.wrapping_sub(facts.snd_una);
-                sending.max(facts.unread_bytes() as u32)
-            }
+            Ok(Some(facts)) => facts.unacknowledged_bytes().max(facts.unread_bytes() as u32),
             Ok(None) | Err(_) => 0,
         }
     }
 
     fn is_pouring(&self) -> bool {
         let unacknowledged = |end: &PreparedEnd| match self.inspector.socket(end.old.as_fd()) {
-            Ok(Some(facts)) => facts.write_seq.wrapping_sub(facts.snd_una),
+            Ok(Some(facts)) => facts.unacknowledged_bytes(),
             Ok(None) | Err(_) => 0,
         };
         self.ends().any(|end| unacknowledged(end) > POURING_BYTES)
@@ -605,8 +602,7 @@ impl<'a> Running<'a> {
     fn freeze_and_save(&mut self) -> Result<Vec<Queue>, Refusal> {
         self.freeze()?;
         let queues = self.ends().zip(&self.facts).map(|(end, facts)| {
-            let unacknowledged = facts.write_seq.wrapping_sub(facts.snd_una) as usize;
-            let bytes = queue::peek(end.old.as_fd(), unacknowledged)?;
+            let bytes = queue::peek(end.old.as_fd(), facts.unacknowledged_bytes() as usize)?;
             Ok(Queue { write_seq: facts.write_seq, bytes })
         });
         queues.collect()
