@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Between the plain C structures of `bpf/*.h` and Rust. The router's other unsafe code is one call in `heap.rs`.
+//! Between the plain C structures of `bpf/*.h` and Rust. The router has no other unsafe code.
 
 use std::net::IpAddr;
 

@@ -65,7 +65,6 @@ use wire::{Message, Tuple};
 use crate::{
     cluster::Reach,
     forwarder::{ForwarderEvent, Sent},
-    heap,
     identity::Identity,
     peers::PeerAddress,
     rules::Reading,
@@ -270,6 +269,8 @@ pub async fn run(parts: Parts, mut inlets: Inlets) -> anyhow::Result<()> {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     }
     let mut stop: Option<Stop> = None;
+    // How many were swapped when what the last burst had left was given back.
+    let mut trimmed_at = 0;
     loop {
         let alarm = coordinator.ledger.alarm().or(stop.map(|stop| stop.by));
         tokio::select! {
@@ -284,8 +285,10 @@ pub async fn run(parts: Parts, mut inlets: Inlets) -> anyhow::Result<()> {
             Some(reading) = inlets.rules.recv() => coordinator.read_rules(reading).await,
             _ = surroundings.tick() => {
                 coordinator.look_around().await;
-                if coordinator.ledger.is_at_rest() {
-                    heap::trim();
+                let swapped = coordinator.ledger.swapped();
+                if coordinator.ledger.is_at_rest() && swapped != trimmed_at {
+                    memory::trim();
+                    trimmed_at = swapped;
                 }
             }
             _ = scan.tick() => drop(coordinator.scan()),

@@ -13,7 +13,6 @@ mod control;
 mod coordinator;
 mod encryption;
 mod forwarder;
-mod heap;
 mod identity;
 mod live;
 mod metrics;
@@ -106,7 +105,7 @@ fn obey(arguments: Arguments) -> Result<()> {
 }
 
 fn start<F: Future<Output = Result<()>>>(settings: Settings, what: impl FnOnce(Settings) -> F) -> Result<()> {
-    heap::keep_small();
+    memory::keep_small();
     raise_descriptor_limit().context("raising RLIMIT_NOFILE")?;
     // Before the first thread, which inherits it, and before anything of the network is read.
     privileges::keep_only(&privileges::ROUTER)?;

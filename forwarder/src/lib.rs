@@ -101,7 +101,7 @@ pub fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
-    heap::keep_small();
+    memory::keep_small();
     probe()?;
     // Before the first thread, so that all inherit it: a stop must not come while a process is frozen.
     let mut stop = SigSet::empty();

@@ -24,7 +24,6 @@ use nix::sys::socket::{UnixCredentials, getsockopt, sockopt::PeerCredentials};
 use serde::de::DeserializeOwned;
 
 use crate::{
-    heap,
     receive::receive,
     session::Session,
     site::{Site, locked},
@@ -150,7 +149,7 @@ fn watch_parked(site: &Arc<Site>, current: &Current) -> io::Result<()> {
                         site.release_forsaken();
                     }
                     if site.is_idle() {
-                        heap::trim();
+                        memory::trim();
                     }
                     for conn in ended {
                         log::debug!("{conn}: its overlay connection has ended");

@@ -240,11 +240,6 @@ struct Stopping {
 }
 
 impl Ledger {
-    /// No connection is on its way by our lead.
-    pub fn is_at_rest(&self) -> bool {
-        self.attempts == 0
-    }
-
     /// `seed` makes the names of connections differ from those of other routers and of other times.
     pub fn new(seed: u64, now: Instant) -> Ledger {
         Ledger {
@@ -332,6 +327,11 @@ impl Ledger {
     pub fn swapped(&self) -> usize {
         let first = |flow: &&Flow| flow.home != Home::SameHost || flow.decides();
         self.flows().filter(|flow| flow.on_host().is_some()).filter(first).count()
+    }
+
+    /// No connection is on its way by our lead.
+    pub fn is_at_rest(&self) -> bool {
+        self.attempts == 0
     }
 
     pub fn len(&self) -> usize {
