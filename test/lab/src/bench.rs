@@ -48,7 +48,8 @@ pub struct Options {
     /// Seconds of each run.
     #[arg(long, default_value_t = 4)]
     seconds: u32,
-    /// Runs of each kind; medians are shown. Without it, as many as the key asks for.
+    /// Runs of each kind; medians are shown. Without it as many as the key asks for, and more of what has a target, until it
+    /// is decided whether that is met.
     #[arg(long)]
     rounds: Option<u32>,
 }
@@ -59,6 +60,7 @@ pub struct Key {
     /// What it shows, for a heading.
     pub title: &'static str,
     pub rules: Rules,
+    /// At least.
     pub rounds: u32,
     /// What is run, after whatever must be prepared.
     pub parts: fn(&Setting) -> Result<Vec<Part>>,
@@ -136,6 +138,9 @@ static KEYS: [&Key; 12] = [
     &cost::KEY,
 ];
 
+/// So many times as many rounds, at most, for what has a target and is not decided.
+const PATIENCE: u32 = 4;
+
 /// All that a key gave.
 pub struct Report {
     pub key: &'static Key,
@@ -205,9 +210,14 @@ fn measure(key: &'static Key, options: &Options) -> Result<Report> {
     let file = |suffix: &str| options.results.join(format!("{}.{suffix}", key.name));
     let setting = Setting::new(key, options.rules.as_deref(), &file("log"), false)?;
     let rounds = options.rounds.unwrap_or(key.rounds);
-    let mut rows = Vec::new();
+    let most = options.rounds.unwrap_or(PATIENCE * key.rounds);
+    let mut rows: Vec<Row> = Vec::new();
     for part in (key.parts)(&setting)? {
-        for round in 1..=rounds {
+        let first = rows.len();
+        for round in 1..=most {
+            if round > rounds && !rows[first..].iter().any(Row::is_undecided) {
+                break;
+            }
             once(&setting, key, &part, round, options.seconds, &mut rows)?;
         }
     }

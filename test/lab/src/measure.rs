@@ -210,10 +210,22 @@ pub fn quantile(values: &[f64], part: f64) -> Option<f64> {
     sorted.get(rank.saturating_sub(1)).copied()
 }
 
-/// The median of the ratios of figures that were taken right after each other.
-pub fn paired_ratio(figures: &[f64], to: &[f64]) -> f64 {
-    let ratios: Vec<f64> = figures.iter().zip(to).map(|(figure, to)| figure / to).collect();
-    median(&ratios).unwrap_or(0.0)
+/// Where the median lies of what these values are a sample of, with 95 % confidence, however it is distributed: between two
+/// of them. Of less than six values it is between the lowest and the highest with less.
+pub fn interval_of_median(values: &[f64]) -> Option<(f64, f64)> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    // As many of them are below that median as heads come up in so many throws of a coin.
+    let throws = sorted.len();
+    let (mut heads, mut chance) = (0, 0.5_f64.powi(throws as i32));
+    let mut chance_of_fewer = 0.0;
+    while heads < throws && 2.0 * (chance_of_fewer + chance) <= 0.05 {
+        chance_of_fewer += chance;
+        chance *= (throws - heads) as f64 / (heads + 1) as f64;
+        heads += 1;
+    }
+    let outside = heads.saturating_sub(1);
+    Some((*sorted.get(outside)?, *sorted.get(throws - 1 - outside)?))
 }
 
 #[cfg(test)]
@@ -225,6 +237,17 @@ mod tests {
         assert_eq!(median(&[4.0, 1.0, 3.0, 2.0]), Some(2.5));
         assert_eq!(median(&[2.0, 9.0, 1.0]), Some(2.0));
         assert_eq!(median(&[]), None);
+    }
+
+    #[test]
+    fn the_interval_of_a_median_leaves_out_as_many_values_as_chance_explains() {
+        let first = |count: u32| (1..=count).map(f64::from).collect::<Vec<f64>>();
+        // The tables of the sign test.
+        let expected = [(3, 1.0, 3.0), (6, 1.0, 6.0), (9, 2.0, 8.0), (12, 3.0, 10.0), (28, 9.0, 20.0)];
+        for (count, low, high) in expected {
+            assert_eq!(interval_of_median(&first(count)), Some((low, high)), "of {count}");
+        }
+        assert_eq!(interval_of_median(&[]), None);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use super::{
     Report, Way,
-    figure::{Quantity, Row, digits},
+    figure::{Outcome, Quantity, Row, digits},
     live::Live,
     svg::{Anchor, Svg, Type},
     table,
@@ -127,7 +127,12 @@ fn ratios(svg: &mut Svg, middle: f64, row: &Row) {
     let first = if verdict.is_some() && !ratios.is_empty() { middle - 4.0 } else { middle + 4.0 };
     svg.text((RATIOS, first), PLAIN, &ratios.join(", "));
     if let Some(verdict) = verdict {
-        let (said, colour) = if verdict.met { ("met", MET) } else { ("not met", MISSED) };
+        let said = verdict.outcome.words();
+        let colour = match verdict.outcome {
+            Outcome::Met => MET,
+            Outcome::Missed => MISSED,
+            Outcome::Undecided => PLAIN.colour,
+        };
         let below = if ratios.is_empty() { middle + 4.0 } else { middle + 13.0 };
         svg.text((RATIOS, below), Type { colour, ..PLAIN }, &format!("target {}: {said}", verdict.target));
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Quantities, and their figures by way.
 
-use lab::measure::{median, paired_ratio};
+use lab::measure::{interval_of_median, median};
 
 use super::Way;
 
@@ -72,7 +72,27 @@ pub struct Row {
 
 pub struct Verdict {
     pub target: String,
-    pub met: bool,
+    /// Where what is compared with the target lies: `interval_of_median`.
+    pub between: (f64, f64),
+    pub outcome: Outcome,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    Met,
+    Missed,
+    /// The target is among what was reached: the rounds differ by more than what is missing or left.
+    Undecided,
+}
+
+impl Outcome {
+    pub fn words(self) -> &'static str {
+        match self {
+            Outcome::Met => "met",
+            Outcome::Missed => "not met",
+            Outcome::Undecided => "not decided",
+        }
+    }
 }
 
 impl Row {
@@ -96,24 +116,36 @@ impl Row {
         median(self.values(way))
     }
 
-    /// With the router, in parts of another way: the median of the ratios of each round, in which both had the machine
-    /// as it was then.
+    /// With the router, in parts of another way: of each round, in which both had the machine as it was then.
+    pub fn ratios(&self, to: Way) -> Vec<f64> {
+        self.values(Way::Router).iter().zip(self.values(to)).map(|(router, other)| router / other).collect()
+    }
+
     pub fn ratio(&self, to: Way) -> Option<f64> {
-        let (router, other) = (self.values(Way::Router), self.values(to));
-        (!router.is_empty() && !other.is_empty()).then(|| paired_ratio(router, other))
+        median(&self.ratios(to))
     }
 
     pub fn verdict(&self) -> Option<Verdict> {
         let (limit, of, reached) = match self.quantity.target? {
-            Target::OfHost(limit) => (limit, " of host", self.ratio(Way::Host)?),
-            Target::OfOverlay(limit) => (limit, " of overlay", self.ratio(Way::Overlay)?),
-            Target::Value(limit) => (limit, "", self.median(Way::Router)?),
+            Target::OfHost(limit) => (limit, " of host", self.ratios(Way::Host)),
+            Target::OfOverlay(limit) => (limit, " of overlay", self.ratios(Way::Overlay)),
+            Target::Value(limit) => (limit, "", self.values(Way::Router).to_vec()),
         };
-        let (sign, met) = match self.quantity.better {
-            Better::More => ("≥", reached >= limit),
-            Better::Less => ("≤", reached <= limit),
+        let (low, high) = interval_of_median(&reached)?;
+        let (sign, worst, best) = match self.quantity.better {
+            Better::More => ("≥", low - limit, high - limit),
+            Better::Less => ("≤", limit - high, limit - low),
         };
-        Some(Verdict { target: format!("{sign} {limit}{of}"), met })
+        let outcome = match (worst >= 0.0, best >= 0.0) {
+            (true, _) => Outcome::Met,
+            (_, false) => Outcome::Missed,
+            _ => Outcome::Undecided,
+        };
+        Some(Verdict { target: format!("{sign} {limit}{of}"), between: (low, high), outcome })
+    }
+
+    pub fn is_undecided(&self) -> bool {
+        self.verdict().is_some_and(|verdict| verdict.outcome == Outcome::Undecided)
     }
 }
 
@@ -151,12 +183,21 @@ mod tests {
 
     #[test]
     fn a_target_for_more_is_met_from_above_and_one_for_less_from_below() {
-        let met = |row: Row| row.verdict().map(|verdict| verdict.met);
-        assert_eq!(met(row(&RATE, &[99.0], &[100.0])), Some(true));
-        assert_eq!(met(row(&RATE, &[97.0], &[100.0])), Some(false));
-        assert_eq!(met(row(&DELAY, &[101.0], &[100.0])), Some(true));
-        assert_eq!(met(row(&DELAY, &[103.0], &[100.0])), Some(false));
-        assert_eq!(met(row(&RATE, &[99.0], &[])), None);
+        let outcome = |row: Row| row.verdict().map(|verdict| verdict.outcome);
+        assert_eq!(outcome(row(&RATE, &[99.0], &[100.0])), Some(Outcome::Met));
+        assert_eq!(outcome(row(&RATE, &[97.0], &[100.0])), Some(Outcome::Missed));
+        assert_eq!(outcome(row(&DELAY, &[101.0], &[100.0])), Some(Outcome::Met));
+        assert_eq!(outcome(row(&DELAY, &[103.0], &[100.0])), Some(Outcome::Missed));
+        assert_eq!(outcome(row(&RATE, &[99.0], &[])), None);
+    }
+
+    #[test]
+    fn a_target_that_is_reached_in_some_rounds_only_is_not_decided() {
+        assert!(row(&RATE, &[97.0, 99.0], &[100.0, 100.0]).is_undecided());
+        assert!(row(&DELAY, &[101.0, 103.0], &[100.0, 100.0]).is_undecided());
+        // One round of nine is chance.
+        let rounds = [99.0, 99.0, 99.0, 99.0, 80.0, 99.0, 99.0, 99.0, 99.0];
+        assert!(!row(&RATE, &rounds, &[100.0; 9]).is_undecided());
     }
 
     #[test]

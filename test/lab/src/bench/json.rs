@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     Report, Way,
-    figure::{Better, Row},
+    figure::{Better, Outcome, Row},
 };
 
 pub fn of(report: &Report) -> Value {
@@ -51,7 +51,12 @@ fn figure(row: &Row) -> Value {
         "of_host": row.ratio(Way::Host).map(round),
         "of_overlay": row.ratio(Way::Overlay).map(round),
         "target": verdict.as_ref().map(|verdict| &verdict.target),
-        "met": verdict.as_ref().map(|verdict| verdict.met),
+        "between": verdict.as_ref().map(|verdict| [round(verdict.between.0), round(verdict.between.1)]),
+        "met": verdict.and_then(|verdict| match verdict.outcome {
+            Outcome::Met => Some(true),
+            Outcome::Missed => Some(false),
+            Outcome::Undecided => None,
+        }),
     })
 }
 

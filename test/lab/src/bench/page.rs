@@ -3,7 +3,7 @@
 
 use super::{
     Key, Report, chart,
-    figure::Row,
+    figure::{Outcome, Row, digits},
     svg::escape,
     table::{self, Section},
 };
@@ -51,19 +51,28 @@ fn targets(reports: &[Report]) -> String {
     for report in reports {
         let judged = |row: &Row| {
             let verdict = row.verdict()?;
-            let (class, said) = if verdict.met { ("met", "met") } else { ("missed", "not met") };
+            let class = match verdict.outcome {
+                Outcome::Met => "met",
+                Outcome::Missed => "missed",
+                Outcome::Undecided => "",
+            };
+            let (low, high) = verdict.between;
             Some(format!(
-                "<tr><td><a href=\"#{0}\">{0}</a>: {1}, {2}</td><td>{3}</td><td class=\"{class}\">{said}</td></tr>\n",
+                "<tr><td><a href=\"#{0}\">{0}</a>: {1}, {2}</td><td>{3}</td><td>{4} to {5}</td>\
+                 <td class=\"{class}\">{6}</td></tr>\n",
                 report.key.name,
                 escape(row.quantity.name),
                 escape(&row.case),
-                escape(&verdict.target)
+                escape(&verdict.target),
+                digits(low),
+                digits(high),
+                verdict.outcome.words()
             ))
         };
         rows.extend(report.rows.iter().filter_map(judged));
     }
     format!(
-        "<h2>Targets</h2>\n<table><tr><th>with the router</th><th>target</th><th></th></tr>\n{rows}</table>\n"
+        "<h2>Targets</h2>\n<table><tr><th>with the router</th><th>target</th><th>reached, with 95 % confidence</th><th></th></tr>\n{rows}</table>\n"
     )
 }
 

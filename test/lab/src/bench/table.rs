@@ -38,7 +38,9 @@ fn section(quantity: &Quantity, rows: &[&Row]) -> Section {
             others.iter().map(|way| row.ratio(*way).map_or("-".into(), |ratio| format!("{ratio:.3}"))),
         );
         if let Some(verdict) = row.verdict() {
-            cells.push(format!("{} {}", verdict.target, if verdict.met { "met" } else { "NOT MET" }));
+            let (low, high) = verdict.between;
+            let outcome = verdict.outcome.words();
+            cells.push(format!("{}: {outcome} ({} to {})", verdict.target, digits(low), digits(high)));
         }
         cells
     };
@@ -69,7 +71,7 @@ pub fn what_routers_did(report: &Report) -> String {
         tally.refused.iter().map(|(reason, count)| format!("{count} {reason}")).collect();
     let refused = if refused.is_empty() { "none".into() } else { refused.join(", ") };
     format!(
-        "medians of {} rounds of {} s; {} swaps{pause}; refused: {refused}",
+        "medians of at least {} rounds of {} s; {} swaps{pause}; refused: {refused}",
         report.rounds, report.seconds, tally.swaps
     )
 }
