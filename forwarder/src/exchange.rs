@@ -248,7 +248,7 @@ impl Armed {
                 None => Err(Refusal::HolderVanished),
             };
             if let Err(reason) = result {
-                armed.turn_back(frozen);
+                armed.turn_back(frozen, &new);
                 return Err(reason);
             }
         }
@@ -310,15 +310,13 @@ impl Armed {
                 }
             }
         }
-        for (index, room) in self.rooms {
-            room.give_back(new[index]);
-        }
+        give_back(self.rooms, new);
         fault::point(Point::Installed);
         result
     }
 
-    /// Close the gate: every process is as it was.
-    pub fn turn_back(self, frozen: &mut Frozen) {
+    /// Close the gate: every process is as it was, and the `new` sockets are.
+    pub fn turn_back(self, frozen: &mut Frozen, new: &[BorrowedFd<'_>]) {
         self.gate.close();
         for (tgid, block) in self.blocks {
             if let Some(process) = frozen.process(tgid) {
@@ -326,6 +324,13 @@ impl Armed {
                 let _ = block.finish(process, Instant::now() + RECOVERY);
             }
         }
+        give_back(self.rooms, new);
+    }
+}
+
+fn give_back(rooms: Vec<(usize, SendRoom)>, new: &[BorrowedFd<'_>]) {
+    for (index, room) in rooms {
+        room.give_back(new[index]);
     }
 }
 

@@ -495,8 +495,9 @@ impl<'a> Running<'a> {
             }
             Action::OpenGate => Some(self.install().map_or_else(Event::InstallFailed, |()| Event::Installed)),
             Action::CloseGate => {
+                let new: Vec<BorrowedFd<'_>> = self.new_sockets().map(OwnedFd::as_fd).collect();
                 if let (Some(armed), Some(frozen)) = (self.armed.take(), &mut self.frozen) {
-                    armed.turn_back(frozen);
+                    armed.turn_back(frozen, &new);
                 }
                 None
             }
@@ -660,7 +661,7 @@ impl<'a> Running<'a> {
             return Err(Refusal::HolderVanished);
         };
         if new_has_ended {
-            armed.turn_back(frozen);
+            armed.turn_back(frozen, &new);
             return Err(Refusal::HostPathFailed);
         }
         let result = armed.install(frozen, &new);

@@ -8,6 +8,8 @@ use std::{
     sync::Arc,
 };
 
+use nix::sys::socket::{getsockopt, setsockopt, sockopt::SndBuf};
+
 use super::*;
 use crate::{alarm::Alarms, holders::Listing, inspect::Programs};
 
@@ -137,10 +139,30 @@ fn turning_back_at_the_gate_leaves_the_process_as_it_was() {
     let before = fds(&echo);
     let mut frozen = echo.freeze();
     let pairs = [echo.substitution(server.as_fd())];
-    Armed::arm(&mut frozen, &echo.inspector(), &pairs, Deal::Within, soon()).unwrap().turn_back(&mut frozen);
+    let new = [server.as_fd()];
+    Armed::arm(&mut frozen, &echo.inspector(), &pairs, Deal::Within, soon())
+        .unwrap()
+        .turn_back(&mut frozen, &new);
     drop(frozen);
     assert_eq!(fds(&echo), before);
     echo.says_back(b"still here");
+}
+
+#[test]
+fn turning_back_takes_the_room_for_carried_bytes_from_the_new_socket_again() {
+    let echo = Echo::start();
+    let (_client, server) = pair();
+    setsockopt(&server, SndBuf, &50_000).unwrap();
+    let room = || getsockopt(&server, SndBuf).unwrap();
+    let mut frozen = echo.freeze();
+    let pairs = [echo.substitution(server.as_fd())];
+    let mut armed = Armed::arm(&mut frozen, &echo.inspector(), &pairs, Deal::Within, soon()).unwrap();
+    let before = room();
+    let load = Load { carry: vec![0; 9_000_000], arriving: 0 };
+    armed.load(&mut frozen, &[server.as_fd()], &[load], soon()).unwrap();
+    assert!(room() > before);
+    armed.turn_back(&mut frozen, &[server.as_fd()]);
+    assert_eq!(room(), before);
 }
 
 #[test]

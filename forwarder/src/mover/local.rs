@@ -110,7 +110,7 @@ impl Local<'_> {
         let pairs = substitutions(self.members, &facts);
         let mut armed = Armed::arm(frozen, inspector, &pairs, Deal::Within, deadline)?;
         if let Err(reason) = armed.load(frozen, &self.new, &loads, deadline) {
-            armed.turn_back(frozen);
+            armed.turn_back(frozen, &self.new);
             return Err(reason);
         }
         self.times.settled = Some(Instant::now());
