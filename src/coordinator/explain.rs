@@ -249,9 +249,6 @@ fn other_end(facts: &Facts<'_>) -> Vec<Step> {
             };
             let says = match flow.peer_says {
                 PeerSays::Wants => Step::new("peer says", Says::Yes, "its rules want it swapped as well"),
-                PeerSays::Declines(Refusal::NoRuleMatches) => {
-                    Step::of_refusal("peer says", Refusal::PeerSaysNo)
-                }
                 PeerSays::Declines(refusal) => Step::of_refusal("peer says", refusal),
                 PeerSays::Nothing if flow.on_host().is_some() => {
                     Step::new("peer says", Says::Note, "nothing since this router was started")

@@ -62,6 +62,7 @@ pub struct OnHost {
 pub enum PeerSays {
     Nothing,
     Wants,
+    /// Why it stays, as we show it.
     Declines(Refusal),
 }
 

@@ -428,13 +428,14 @@ impl Ledger {
             if is_moving {
                 continue;
             }
-            let unknown = match (flow.home, flow.peer_says) {
+            let elsewhere = match (flow.home, flow.peer_says) {
                 (Home::Peer(peer), PeerSays::Nothing) if self.is_up(peer) => Some(flow.unanswered()),
                 (Home::Peer(_), PeerSays::Nothing) => Some(Refusal::PeerUnreachable),
+                (Home::Peer(_), PeerSays::Declines(reason)) => Some(reason),
                 (Home::Nowhere(reason), _) => Some(reason),
-                (Home::Peer(_) | Home::SameHost, _) => None,
+                (Home::Peer(_), PeerSays::Wants) | (Home::SameHost, _) => None,
             };
-            if let Some(reason) = unknown
+            if let Some(reason) = elsewhere
                 && flow.reason.is_none()
                 && flow.on_host().is_none()
             {

@@ -196,9 +196,9 @@ impl Ledger {
                 }
             }
             Some(reason) => {
+                let reason = if reason == Refusal::NoRuleMatches { Refusal::PeerSaysNo } else { reason };
                 flow.peer_says = PeerSays::Declines(reason);
                 if flow.declined.is_none() && flow.attempt.is_none() {
-                    let reason = if reason == Refusal::NoRuleMatches { Refusal::PeerSaysNo } else { reason };
                     self.refuse(tuple, reason);
                 }
             }

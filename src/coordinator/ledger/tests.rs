@@ -416,6 +416,26 @@ fn rules_that_no_longer_want_a_connection_take_it_back() {
 }
 
 #[test]
+fn rules_that_want_a_connection_at_last_leave_the_reason_of_others() {
+    let check = |home: Home, of_peer: Option<Refusal>, reason: Refusal| {
+        let mut world = World::new();
+        let no_rule = Some(Refusal::NoRuleMatches);
+        let event = world.learned(tuple(), home, no_rule);
+        world.at(0, event);
+        if of_peer.is_some() {
+            world.learn(1, of_peer);
+        }
+        world.wait(Duration::from_secs(60));
+        world.at(0, Event::Verdict(tuple(), None));
+        world.wait(Duration::from_secs(2));
+        assert_eq!(world.ledgers[0].views()[0].reason.as_deref(), Some(reason.label()));
+    };
+    check(Home::Nowhere(Refusal::NoPeerHost), None, Refusal::NoPeerHost);
+    check(Home::Peer(THERE), None, Refusal::PeerUnknown);
+    check(Home::Peer(THERE), Some(Refusal::NoRuleMatches), Refusal::PeerSaysNo);
+}
+
+#[test]
 fn labels_that_come_late_decide_as_if_they_had_been_there() {
     for (host, of_host) in [(0, tuple()), (1, tuple().reversed())] {
         let mut world = World::swapped();

@@ -6,8 +6,8 @@ use std::{sync::Arc, time::Duration};
 use forwarder_api::{Direction, Refusal};
 
 use super::{
-    ASK_AGAIN, Action, Attempt, Cause, Flow, Home, Input, Ledger, MAX_ATTEMPTS, Message, ORDER, Order, Part,
-    PeerSays, STOP, Stopping, Tuple,
+    ASK_AGAIN, Action, Attempt, Cause, Flow, GRACE, Home, Input, Ledger, MAX_ATTEMPTS, Message, ORDER, Order,
+    Part, PeerSays, STOP, Stopping, Tuple,
 };
 use crate::workload::Workload;
 
@@ -29,6 +29,10 @@ impl Ledger {
         }
         self.tell_know(tuple, true);
         self.consider(tuple);
+        // What our rules do not keep on the overlay any more may be kept there by something else.
+        if declined.is_none() && self.get(tuple).is_some_and(|flow| flow.alarm.is_none()) {
+            self.set_alarm(tuple, self.now + GRACE);
+        }
     }
 
     pub(super) fn workload(&mut self, tuple: Tuple, workload: Arc<Workload>, declined: Option<Refusal>) {
