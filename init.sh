@@ -35,6 +35,7 @@ if [[ " $* " == *" engines "* ]]; then
 fi
 if [[ " $* " == *" kubernetes "* ]]; then
     packages+=(
+        iptables                                                               # kube-proxy
         dnsmasq-base                                                           # names of services
         golang-go golang-github-masterminds-sprig-dev golang-gopkg-yaml.v3-dev # the chart
         bash hostname memcached libmemcached-tools openmpi-bin libopenmpi-dev netpipe-openmpi # test/jobs

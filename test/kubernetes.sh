@@ -1,8 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
 # Builds the programs of a Kubernetes cluster from Debian's source package, once, with Debian's Go: Debian has etcd and
-# kubectl as packages, but neither servers nor kubelet. It takes some minutes, and they are kept in ~/.cache/ebpf-router.
-# The tests of test/lab/tests/cluster.rs and kubernetes.rs start them; `./init.sh cluster` installs what this needs.
+# kubectl as packages, but neither servers nor kubelet and kube-proxy. It takes some minutes, and they are kept in
+# ~/.cache/ebpf-router. The tests of test/lab/tests/cluster.rs and kubernetes start them; `./init.sh cluster` installs what this needs.
 set -euo pipefail
 
 version=1.20.2
@@ -11,7 +11,7 @@ sum=b83c0780efb182d928dc63d46488a847f161f04e40a94b96bf5247dd671ecdfc
 cache=$HOME/.cache/ebpf-router
 
 missing=()
-for program in kube-apiserver kube-controller-manager kube-scheduler kubelet; do
+for program in kube-apiserver kube-controller-manager kube-scheduler kubelet kube-proxy; do
     [[ $("$cache/$program" --version 2>/dev/null) == "Kubernetes v$version" ]] || missing+=("$program")
 done
 ((${#missing[@]})) || exit 0

@@ -16,21 +16,22 @@ use serde_json::{Value, json};
 use crate::{DEADLINE, Host, Place, Pod, Process, RouterOptions, wait_for};
 
 pub(crate) const PORT: u16 = 6443;
-/// Where pods find it.
-pub(crate) const CLUSTER_IP: &str = "10.96.0.1";
+/// Of Services; pods find it at the first.
 pub(crate) const CLUSTER_IPS: &str = "10.96.0.0/16";
 const ADMIN: &str = "admin";
 /// May do what the router's role allows, and no more.
 const ROUTER: &str = "router";
 pub(crate) const CONTROLLERS: &str = "system:kube-controller-manager";
 pub(crate) const SCHEDULER: &str = "system:kube-scheduler";
+pub(crate) const PROXY: &str = "system:kube-proxy";
 
 /// Users, and the groups that they are in. A user's name is also the user's token.
-const USERS: [(&str, &str); 6] = [
+const USERS: [(&str, &str); 7] = [
     (ADMIN, "system:masters"),
     (ROUTER, ""),
     (CONTROLLERS, ""),
     (SCHEDULER, ""),
+    (PROXY, ""),
     ("system:node:h1", "system:nodes"),
     ("system:node:h2", "system:nodes"),
 ];
@@ -124,7 +125,7 @@ impl ApiServer {
             .args(["--bind-address", &self.address, "--advertise-address", &self.address])
             .args(["--secure-port", &PORT.to_string(), "--etcd-servers", "http://127.0.0.1:2379"])
             .args(["--authorization-mode", "Node,RBAC", "--service-cluster-ip-range", CLUSTER_IPS])
-            .args(["--endpoint-reconciler-type", "none", "--kubelet-preferred-address-types", "InternalIP"])
+            .args(["--kubelet-preferred-address-types", "InternalIP"])
             .args(["--service-account-issuer", "https://kubernetes.default.svc"])
             .arg("--service-account-key-file")
             .arg(self.account_key())

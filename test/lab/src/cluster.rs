@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A Kubernetes cluster of two nodes, which are the lab's hosts: kubelet and containerd on both; API server, controllers,
-//! scheduler and a DNS server on h1. All real, and built or installed from Debian, but for two things: one rule of nftables
-//! does for the API server's address what kube-proxy would, and the names of services are read from the API server by a
-//! script and served by dnsmasq.
+//! A Kubernetes cluster of two nodes, which are the lab's hosts: kubelet, kube-proxy and containerd on both; API server,
+//! controllers, scheduler and a DNS server on h1. All real, and built or installed from Debian, but for one thing: the names
+//! of Services are read from the API server by a script and served by dnsmasq.
 //!
 //! Each host has its own /run, /etc, /var/lib, /var/log, /sys/fs/bpf and cgroups, in its mount namespace, so that manifests
 //! mean on it what they mean on a machine. Everything ends with the lab.
@@ -128,16 +127,20 @@ impl<'lab> Cluster<'lab> {
         Ok(())
     }
 
-    /// `NAME.NAMESPACE.svc.cluster.local` of services without an address of their own is the addresses of their pods.
+    /// `NAME.NAMESPACE.svc.cluster.local` is the Service's address, or those of its pods if it is headless.
     fn start_names(&mut self) -> Result<()> {
         const SCRIPT: &str = r#"
             kubectl get endpoints --all-namespaces --watch --output name | while read -r _; do
-                kubectl get endpoints --all-namespaces --output go-template="$1" >"$2.new" && mv "$2.new" "$2"
+                kubectl get services,endpoints --all-namespaces --output go-template="$1" >"$2.new" && mv "$2.new" "$2"
                 kill -HUP "$3"
             done
         "#;
-        const TEMPLATE: &str = "{{range .items}}{{$of := .metadata}}{{range .subsets}}{{range .addresses}}\
-            {{.ip}} {{$of.name}}.{{$of.namespace}}.svc.cluster.local\n{{end}}{{end}}{{end}}";
+        const TEMPLATE: &str = "{{range .items}}{{$item := .}}{{$of := .metadata}}\
+            {{with .spec}}{{if ne .clusterIP \"None\"}}\
+            {{.clusterIP}} {{$of.name}}.{{$of.namespace}}.svc.cluster.local\n{{end}}{{end}}\
+            {{range $label, $_ := $of.labels}}{{if eq $label \"service.kubernetes.io/headless\"}}\
+            {{range $item.subsets}}{{range .addresses}}\
+            {{.ip}} {{$of.name}}.{{$of.namespace}}.svc.cluster.local\n{{end}}{{end}}{{end}}{{end}}{{end}}";
         let names = self.server.directory().join("names");
         std::fs::write(&names, "")?;
         let place = self.lab.h1.place();
@@ -171,14 +174,15 @@ impl<'lab> Cluster<'lab> {
     /// An error with what it printed, if a program of the cluster has ended.
     fn expect_running(&mut self) -> Result<()> {
         self.programs.iter_mut().try_for_each(Process::fail_if_ended)?;
-        self.nodes.iter_mut().try_for_each(|node| node.kubelet.fail_if_ended())
+        let of_nodes = self.nodes.iter_mut().flat_map(|node| [&mut node.kubelet, &mut node.proxy]);
+        of_nodes.into_iter().try_for_each(Process::fail_if_ended)
     }
 }
 
 impl Drop for Cluster<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.nodes.iter().for_each(|node| node.kubelet.show());
+            self.nodes.iter().flat_map(|node| [&node.kubelet, &node.proxy]).for_each(Process::show);
         }
     }
 }

@@ -15,6 +15,8 @@ pub const OVERLAY_IF: &str = "overlay0";
 pub const HOST_IF: &str = "eth0";
 const UNDERLAY_IF: &str = "eth1";
 pub const MTU: u32 = 1450;
+/// The addresses of all pods.
+pub const PODS: &str = "10.244.0.0/16";
 
 pub fn host_address(host: u8) -> Ipv4Addr {
     Ipv4Addr::new(192, 168, 77, host)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A host of the lab as a node: what a machine of its own would have, containerd and kubelet.
+//! A host of the lab as a node: what a machine of its own would have, containerd, kubelet and kube-proxy.
 
 use std::{net::Ipv4Addr, process::Command};
 
@@ -7,16 +7,17 @@ use anyhow::{Context, Result, ensure};
 
 use crate::{
     ApiServer, Cgroup, Host, Process,
-    api_server::{self, CLUSTER_IP, CLUSTER_IPS, kubernetes_program},
+    api_server::{CLUSTER_IPS, PROXY, kubernetes_program},
     containerd::{Containerd, LAB_IMAGE, SOCKET},
     keeper,
-    network::{HOST_IF, host_address, overlay_v4},
+    network::{HOST_IF, PODS, overlay_v4},
 };
 
 /// A node, running.
 pub struct Node<'lab> {
     /// Before its runtime: it is dropped first.
     pub kubelet: Process,
+    pub proxy: Process,
     pub containerd: Containerd<'lab>,
 }
 
@@ -90,18 +91,7 @@ pub fn furnish(host: &Host) -> Result<()> {
     let mut shell = Command::new("sh");
     shell.arg("-e").arg(file).args([own, &host.cgroup().relative()?, &keeper::directory()]);
     place.run(&mut shell).context("giving the host directories of its own")?;
-    // As kube-proxy would: from the address of the service to that of the server.
-    let (server, port) = (host_address(1), api_server::PORT);
-    let to_server = format!("ip daddr {CLUSTER_IP} tcp dport 443 dnat to {server}:{port}");
-    place.run_script(
-        &["nft", "-f", "-"],
-        &format!(
-            "table ip cluster {{\n\
-             chain own {{ type nat hook output priority -100; {to_server}; }}\n\
-             chain pods {{ type nat hook prerouting priority -100; {to_server}; }}\n\
-             }}\n"
-        ),
-    )?;
+    // In place of a default route: what has none is not sent, and so not translated.
     crate::network::ip(place, &format!("route add {CLUSTER_IPS} dev {HOST_IF}\n"))
 }
 
@@ -124,13 +114,7 @@ impl Node<'_> {
             .args(["--pod-infra-container-image", LAB_IMAGE, "--cgroup-driver", "cgroupfs"])
             // What this machine may lack: swap is none of our business, and root may not be all-powerful.
             .args(["--fail-swap-on=false", "--oom-score-adj", "0", "--enforce-node-allocatable", ""])
-            .args([
-                "--make-iptables-util-chains=false",
-                "--eviction-hard",
-                "",
-                "--image-gc-high-threshold",
-                "100",
-            ])
+            .args(["--eviction-hard", "", "--image-gc-high-threshold", "100"])
             .args(["--cluster-dns", &dns_address().to_string(), "--cluster-domain", "cluster.local"])
             .args(["--node-status-update-frequency", "2s", "--sync-frequency", "10s"])
             .arg("--resolv-conf")
@@ -144,6 +128,18 @@ impl Node<'_> {
             .arg("--kubeconfig")
             .arg(server.kubeconfig(&format!("system:node:{}", host.name)));
         let kubelet = host.place().spawn("kubelet", &mut kubelet)?;
-        Ok(Node { kubelet, containerd })
+        Ok(Node { kubelet, proxy: start_proxy(host, server)?, containerd })
     }
+}
+
+/// It translates the addresses of Services.
+fn start_proxy(host: &Host, server: &ApiServer) -> Result<Process> {
+    let mut proxy = Command::new(kubernetes_program("kube-proxy")?);
+    proxy
+        .args(["--proxy-mode", "iptables", "--cluster-cidr", PODS, "--hostname-override", &host.name])
+        // What this machine may lack, and what is the whole machine's.
+        .args(["--oom-score-adj", "0", "--conntrack-max-per-core", "0"])
+        .arg("--kubeconfig")
+        .arg(server.kubeconfig(PROXY));
+    host.place().spawn("kube-proxy", &mut proxy)
 }

@@ -3,174 +3,21 @@
 //!
 //! Run by `test/run.sh --kubernetes`, which builds the cluster's programs.
 
+mod installed;
+mod services;
+
 use std::{process::Command, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use lab::{
-    ApiServer, Cluster, Flow, Host, Lab, PATIENCE,
-    containerd::{Image, LAB_IMAGE},
-    wait_for,
-};
+use lab::{ApiServer, Lab, containerd::Image};
+
+use installed::{Installed, deploy, host_connections};
 
 const PORT: u16 = 7000;
 /// What `deploy/image.sh` makes, and what the manifest asks for.
 const IMAGE: &str = "docker.io/library/ebpf-router:0.1.0";
 /// What the pods of test/jobs ask for.
 const JOBS_IMAGE: &str = "docker.io/library/debian:bookworm-slim";
-
-/// A cluster with the router installed.
-struct Installed<'lab> {
-    cluster: Cluster<'lab>,
-    lab: &'lab Lab,
-}
-
-impl<'lab> Installed<'lab> {
-    /// As README says: certificates on the nodes, the image, two manifests.
-    fn new(lab: &'lab Lab) -> Result<Installed<'lab>> {
-        let cluster = Cluster::start(lab)?;
-        for host in lab.hosts() {
-            let copy = "mkdir -p /etc/ebpf-router/tls && cp \"$0\"/* /etc/ebpf-router/tls";
-            host.place().run(Command::new("sh").args(["-c", copy]).arg(host.tls()))?;
-        }
-        let archive = lab.directory().join("ebpf-router.tar");
-        let mut make = Command::new(deploy("image.sh"));
-        ensure!(make.arg(&archive).status()?.success(), "no image");
-        cluster.import(&archive)?;
-        let installed = Installed { cluster, lab };
-        installed.kubectl(&["apply", "-f", &deploy("rules.yaml"), "-f", &deploy("simple-ds.yaml")])?;
-        wait_for("pods of the DaemonSet on both nodes", PATIENCE, || {
-            let pods =
-                installed.in_system(&["get", "pods", "--selector", "app=ebpf-router", "--output", "name"])?;
-            Ok((pods.lines().count() == 2).then_some(()))
-        })?;
-        let pods = ["--namespace", "kube-system", "pods", "--selector", "app=ebpf-router"];
-        installed.cluster.wait("condition=Ready", &pods).with_context(|| installed.told())?;
-        Ok(installed)
-    }
-
-    fn kubectl(&self, arguments: &[&str]) -> Result<String> {
-        self.cluster.kubectl(arguments)
-    }
-
-    fn in_system(&self, arguments: &[&str]) -> Result<String> {
-        let mut all = vec!["--namespace", "kube-system"];
-        all.extend(arguments);
-        self.kubectl(&all)
-    }
-
-    /// The router's pod on a host.
-    fn pod_on(&self, host: &Host) -> Result<String> {
-        let on = format!("spec.nodeName={}", host.name);
-        let pod =
-            ["get", "pods", "--selector", "app=ebpf-router", "--field-selector", &on, "--output", "name"];
-        Ok(self.in_system(&pod)?.trim().to_owned())
-    }
-
-    /// Runs `router` in the router's container on a host.
-    fn router(&self, host: &Host, arguments: &[&str]) -> Result<String> {
-        let pod = self.pod_on(host)?;
-        let mut all = vec!["exec", pod.as_str(), "--container", "router", "--", "router"];
-        all.extend(arguments);
-        self.in_system(&all)
-    }
-
-    fn flow(&self, host: &Host, port: u16) -> Result<Option<Flow>> {
-        let flows: Vec<Flow> = serde_json::from_str(&self.router(host, &["flows", "--json"])?)?;
-        Ok(flows.into_iter().find(|flow| flow.has_port(port)))
-    }
-
-    fn wait_until_on_host(&self, port: u16) -> Result<()> {
-        self.lab.hosts().into_iter().try_for_each(|host| {
-            wait_for(&format!("port {port} on {} to be swapped", host.name), PATIENCE, || {
-                Ok(self.flow(host, port)?.filter(Flow::on_host).map(drop))
-            })
-            .with_context(|| self.told())
-        })
-    }
-
-    /// For a person who wonders.
-    fn told(&self) -> String {
-        let mut all = self.kubectl(&["describe", "pods", "--all-namespaces"]).unwrap_or_default();
-        for container in ["forwarder", "router"] {
-            let logs = ["logs", "--selector", "app=ebpf-router", "--tail", "50", "--container", container];
-            all += &self.in_system(&logs).unwrap_or_default();
-        }
-        all
-    }
-
-    /// Two pods, one on each node, with a connection between them.
-    fn stream(&self, port: u16) -> Result<Stream<'_, 'lab>> {
-        let server = format!("/bin/stream --server 0.0.0.0:{port} --pings");
-        self.run_pod("server", "h2", &server)?;
-        self.cluster.wait("condition=Ready", &["pod/server"])?;
-        let address = self.kubectl(&["get", "pod", "server", "--output", "jsonpath={.status.podIP}"])?;
-        self.run_pod("client", "h1", &format!("/bin/stream --client {address}:{port} --pings --until-eof"))?;
-        self.cluster.wait("condition=Ready", &["pod/client"])?;
-        wait_for("the client to be connected", PATIENCE, || {
-            Ok(self.kubectl(&["logs", "client"])?.contains("connected").then_some(()))
-        })?;
-        Ok(Stream { installed: self })
-    }
-
-    /// Its standard input is open until somebody has attached to it, and left.
-    fn run_pod(&self, name: &str, node: &str, command: &str) -> Result<()> {
-        let words: Vec<&str> = command.split_whitespace().collect();
-        let manifest = serde_json::json!({
-            "apiVersion": "v1", "kind": "Pod", "metadata": { "name": name },
-            "spec": {
-                "nodeSelector": { "kubernetes.io/hostname": node }, "restartPolicy": "Never",
-                "terminationGracePeriodSeconds": 1,
-                "containers": [{
-                    "name": name, "image": LAB_IMAGE, "command": words, "stdin": true, "stdinOnce": true,
-                }],
-            },
-        });
-        self.cluster.server().apply(name, &manifest.to_string())
-    }
-}
-
-/// A stream between two pods; both check every byte.
-struct Stream<'a, 'lab> {
-    installed: &'a Installed<'lab>,
-}
-
-impl Stream<'_, '_> {
-    /// Lets the client come to its end, and checks that both are content.
-    fn finish(self) -> Result<()> {
-        let installed = self.installed;
-        installed.kubectl(&["attach", "--stdin", "client"])?;
-        for pod in ["client", "server"] {
-            wait_for(&format!("the end of {pod}"), PATIENCE, || {
-                let phase =
-                    installed.kubectl(&["get", "pod", pod, "--output", "jsonpath={.status.phase}"])?;
-                let logs = || installed.kubectl(&["logs", pod]).unwrap_or_default();
-                ensure!(phase != "Failed", "{pod} has failed: {}", logs());
-                Ok((phase == "Succeeded").then_some(()))
-            })?;
-        }
-        let last = |pod| -> Result<serde_json::Value> {
-            let log = installed.kubectl(&["logs", pod])?;
-            Ok(serde_json::from_str(log.lines().last().context("it printed nothing")?)?)
-        };
-        let (client, server) = (last("client")?, last("server")?);
-        for (sent, received) in [("sent_digest", "received_digest"), ("received_digest", "sent_digest")] {
-            ensure!(client[sent] == server[received], "client {client}, server {server}");
-        }
-        Ok(())
-    }
-}
-
-/// Cargo runs tests in the package's directory, which programs on a host of the lab do not begin in.
-fn deploy(name: &str) -> String {
-    format!("{}/../../deploy/{name}", env!("CARGO_MANIFEST_DIR"))
-}
-
-/// Those that carry what was swapped: nothing else is at the addresses of the tunnel's network.
-fn host_connections(host: &Host) -> Result<String> {
-    let mut ss = Command::new("ss");
-    ss.args(["-Htn", "state", "established", "src", "192.168.78.0/24", "dst", "192.168.78.0/24"]);
-    host.place().run(&mut ss)
-}
 
 /// A cluster with the router, and an image for the pods of test/jobs: Debian's, with these packages.
 fn for_benchmarks<'lab>(lab: &'lab Lab, packages: &[&str]) -> Result<Installed<'lab>> {
@@ -244,18 +91,11 @@ fn a_connection_between_pods_is_swapped_and_comes_back_before_the_router_is_gone
         installed.router(host, &["check"])?;
     }
     let stream = installed.stream(PORT)?;
-    installed.wait_until_on_host(PORT)?;
+    installed.wait_until_on("host", PORT)?;
     for host in lab.hosts() {
         ensure!(!host_connections(host)?.is_empty(), "swapped, and nothing between the hosts");
     }
-    let files = [deploy("simple-ds.yaml"), deploy("rules.yaml")];
-    installed.kubectl(&["delete", "--cascade=foreground", "-f", &files[0], "-f", &files[1]])?;
-    let pods = installed.in_system(&["get", "pods", "--selector", "app=ebpf-router", "--output", "name"])?;
-    ensure!(pods.is_empty(), "deleted, and there are {pods}");
-    for host in lab.hosts() {
-        let (pins, connections) = (host.pins()?, host_connections(host)?);
-        ensure!(pins.is_empty() && connections.is_empty(), "on {}: {pins:?} {connections}", host.name);
-    }
+    installed.remove()?;
     stream.finish()
 }
 
@@ -264,7 +104,7 @@ fn an_upgrade_replaces_the_routers_and_touches_no_connection() -> Result<()> {
     let lab = Lab::new("kubernetes-upgrade")?;
     let installed = Installed::new(&lab)?;
     let stream = installed.stream(PORT)?;
-    installed.wait_until_on_host(PORT)?;
+    installed.wait_until_on("host", PORT)?;
     let pids = |name: &str| -> Result<Vec<String>> {
         let path = format!("jsonpath={{.status.containerStatuses[?(@.name==\"{name}\")].containerID}}");
         lab.hosts()
