@@ -6,8 +6,10 @@
 #include <bpf/bpf_helpers.h>
 #include <bpf/bpf_tracing.h>
 
+#include "cgroup.h"
 #include "descriptor.h"
 #include "inspect.h"
+#include "pid.h"
 #include "socket.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
@@ -231,10 +233,8 @@ static __always_inline void read_addresses(struct descriptor *found, struct sock
 static __always_inline void read_cgroups(struct descriptor *found, struct cgroup *cgroup)
 {
 	for (int level = 0; level < MAX_CGROUPS && cgroup; level++) {
-		struct cgroup_subsys_state *parent = BPF_CORE_READ(cgroup, self.parent);
-
 		found->cgroups[level] = BPF_CORE_READ(cgroup, kn, id);
-		cgroup = parent ? (void *)parent - bpf_core_field_offset(struct cgroup, self) : NULL;
+		cgroup = parent_of(cgroup);
 	}
 }
 
@@ -266,6 +266,7 @@ int list_descriptors(struct bpf_iter__task_file *ctx)
 	struct descriptor found = {};
 	struct socket *socket;
 	struct tcp_sock *tp;
+	__u32 level = own_pid_level();
 
 	if (!task || !file || task->files == bpf_get_current_task_btf()->files)
 		return 0;
@@ -292,8 +293,8 @@ int list_descriptors(struct bpf_iter__task_file *ctx)
 	found.file = (__u64)file;
 	found.table = (__u64)task->files;
 	read_cgroups(&found, task->cgroups->dfl_cgrp);
-	found.tgid = task->tgid;
-	found.tid = task->pid;
+	found.tgid = pid_at(task->group_leader, level);
+	found.tid = pid_at(task, level);
 	found.fd = ctx->fd;
 	bpf_seq_write(ctx->meta->seq, &found, sizeof(found));
 	return 0;

@@ -7,6 +7,7 @@
 #include <bpf/bpf_helpers.h>
 
 #include "descriptor.h"
+#include "pid.h"
 #include "sleep.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
@@ -101,7 +102,7 @@ __noinline int find_sleeper(__u32 slot, __u64 address)
 			if (words[i] != address || !read_timer(found, at + 8 * i))
 				continue;
 			found->switches = switches;
-			found->tid = BPF_CORE_READ(task, pid);
+			found->tid = pid_at(task, own_pid_level());
 			sleepers->count = count + 1;
 			return 0;
 		}
@@ -139,6 +140,7 @@ int look_at_threads(struct bpf_raw_tracepoint_args *ctx)
 	struct threads *threads = bpf_map_lookup_elem(&stopped, &slot);
 	struct task_struct *task = task_of_pidfd(ctx->args[0]);
 	struct list_head *head, *node;
+	__u32 level = own_pid_level();
 	__u32 count = 0;
 
 	if (!threads || !task)
@@ -150,7 +152,7 @@ int look_at_threads(struct bpf_raw_tracepoint_args *ctx)
 
 		task = (void *)node - bpf_core_field_offset(struct task_struct, thread_node);
 		thread->switches = BPF_CORE_READ(task, nvcsw);
-		thread->tid = BPF_CORE_READ(task, pid);
+		thread->tid = pid_at(task, level);
 		thread->seccomp = BPF_CORE_READ(task, seccomp.mode);
 		node = BPF_CORE_READ(node, next);
 		count = i + 1;

@@ -53,7 +53,6 @@ impl Processes {
             skeleton::ProcessSkelBuilder::default().open(&mut object).map_err(ProcessError::Load)?;
         if let Some(rodata) = open.maps.rodata_data.as_deref_mut() {
             rodata.scope_cgroup_id = scope.cgroup_id;
-            rodata.scope_level = scope.level;
             rodata.own_netns = scope.own_netns;
         }
         let skel = open.load().map_err(ProcessError::Load)?;

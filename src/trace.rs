@@ -120,8 +120,6 @@ pub struct Scope {
     pub path: PathBuf,
     /// The inode number of its directory.
     pub cgroup_id: u64,
-    /// Its depth below the root of the v2 hierarchy.
-    pub level: u32,
     /// Inode number of the network namespace of this process, the host's.
     pub own_netns: u32,
 }
@@ -131,19 +129,9 @@ impl Scope {
     pub fn of(path: &Path) -> Result<Scope, TraceError> {
         let wrong = |source| TraceError::Scope { path: path.to_owned(), source };
         let path = path.canonicalize().map_err(wrong)?;
-        let top = std::fs::metadata(&path).map_err(wrong)?;
-        // Directories above on the same file system are those of the hierarchy; its root has a parent elsewhere.
-        let mut level = 0;
-        let mut above = path.parent();
-        while let Some(directory) = above {
-            if std::fs::metadata(directory).map_err(wrong)?.dev() != top.dev() {
-                break;
-            }
-            level += 1;
-            above = directory.parent();
-        }
+        let cgroup_id = std::fs::metadata(&path).map_err(wrong)?.ino();
         let own_netns = std::fs::metadata("/proc/self/ns/net").map_err(TraceError::OwnNetns)?.ino() as u32;
-        Ok(Scope { path: path.clone(), cgroup_id: top.ino(), level, own_netns })
+        Ok(Scope { path, cgroup_id, own_netns })
     }
 }
 

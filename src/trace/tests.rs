@@ -52,9 +52,3 @@ fn a_short_or_unknown_record_is_odd() {
     assert!(is_odd(&bytes[..bytes.len() - 1]) && is_odd(&[9, 0, 0, 0]) && is_odd(&[]));
     assert!(matches!(decode(&EVENT_BIRTH.to_ne_bytes()), Record::Birth));
 }
-
-#[test]
-fn the_depth_of_a_cgroup_is_counted_from_the_root_of_its_hierarchy() {
-    let root = crate::settings::cgroup2_mount().unwrap();
-    assert_eq!(Scope::of(&root).unwrap().level, 0);
-}
