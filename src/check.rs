@@ -92,8 +92,7 @@ pub async fn probe(settings: &Settings) -> Facts {
     };
     let host_address = interfaces.as_ref().ok().map(|found| found.host_address);
     let kind_of = |path: &Path| nix::sys::statfs::statfs(path).map(|statfs| statfs.filesystem_type()).ok();
-    let holds_us =
-        |scope: &PathBuf| std::fs::canonicalize(scope).is_ok_and(|scope| own_cgroup().starts_with(scope));
+    let holds_us = |scope: &PathBuf| holds(scope, std::process::id());
     let existing = settings.pins.ancestors().find(|path| path.exists());
     Facts {
         kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned(),
@@ -162,11 +161,15 @@ async fn encrypted_by(found: Option<&Interfaces>) -> Option<String> {
     encryption::encrypted_by(&interfaces, &found.overlay_if, &found.host_if)
 }
 
-/// The directory of this process's cgroup, where the hierarchy is mounted here.
-fn own_cgroup() -> PathBuf {
-    let cgroups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    let path = cgroups.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
-    crate::settings::cgroup2_mount().unwrap_or_default().join(path)
+/// Is this process in this cgroup, or below? The kernel's lists tell: by path nobody knows where he is who has a cgroup
+/// namespace of his own, as a container.
+fn holds(cgroup: &Path, pid: u32) -> bool {
+    let listed = std::fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+    let below = || {
+        let entries = std::fs::read_dir(cgroup).into_iter().flatten().flatten();
+        entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+    };
+    listed.lines().any(|line| line.parse() == Ok(pid)) || below().any(|entry| holds(&entry.path(), pid))
 }
 
 /// What the facts mean, one line each.
