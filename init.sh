@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Installs what building and testing need on Debian 12 or later, and mounts what tracing needs. Safe to repeat.
 # What only some tests need is installed by name (`./init.sh programs cluster`): `programs`, the servers and clients of
-# test/lab/tests/programs.rs and of the benchmarks; `containers`, containerd; `engines`, Podman and Docker; `web`, a browser,
-# and Prometheus as the judge of metrics; `cluster`, what building and running a Kubernetes API server needs; `kubernetes`,
-# the same for a cluster with nodes; `deploy`, what judges manifests, chart, image and package.
+# test/lab/tests/programs.rs and of the benchmarks; `containers`, containerd, and what makes a clean system; `engines`, Podman
+# and Docker; `web`, a browser, and Prometheus as the judge of metrics; `cluster`, what building and running a Kubernetes API
+# server needs; `kubernetes`, the same for a cluster with nodes; `deploy`, what judges manifests, chart, image and package.
 set -euo pipefail
 
 packages=(
@@ -30,6 +30,9 @@ fi
 if [[ " $* " == *" containers "* || " $* " == *" deploy "* || " $* " == *" kubernetes "* ]]; then
     packages+=(containerd runc containernetworking-plugins)
 fi
+if [[ " $* " == *" containers "* || " $* " == *" deploy "* ]]; then
+    packages+=(debootstrap systemd-container) # a clean system: for nodes that are containers, and for the package
+fi
 if [[ " $* " == *" engines "* ]]; then
     packages+=(podman conmon docker.io)
 fi
@@ -51,7 +54,6 @@ fi
 if [[ " $* " == *" deploy "* ]]; then
     command -v kubectl >/dev/null || packages+=(kubernetes-client)           # kustomize
     packages+=(
-        debootstrap systemd-container                                        # the package, on a clean system
         golang-go golang-github-masterminds-sprig-dev golang-gopkg-yaml.v3-dev # the chart
         python3-jsonschema python3-yaml
     )

@@ -26,9 +26,9 @@ use cri::{
 };
 use nix::sys::signal::Signal;
 
-use crate::{DEADLINE, Host, Process, network, wait_for};
+use crate::{Cgroup, DEADLINE, Debian, Host, Place, Process, network, wait_for};
 
-pub use image::{Image, LAB_IMAGE};
+pub use image::{Image, LAB_IMAGE, ROUTER_IMAGE};
 
 pub(crate) const SOCKET: &str = "/run/containerd/containerd.sock";
 
@@ -41,7 +41,7 @@ pub struct PodSpec {
     pub host_pid: bool,
     /// One of its containers is.
     pub privileged: bool,
-    /// As a path below the roots of all cgroup hierarchies; by default below the host's, named as kubelet does.
+    /// As a path below the roots of all cgroup hierarchies, or a slice; by default below the host's, named as kubelet does.
     pub cgroup_parent: Option<String>,
     pub containers: Vec<ContainerSpec>,
 }
@@ -126,9 +126,44 @@ impl RunningContainer {
     }
 }
 
+/// Where a containerd runs, and with which driver of cgroups.
+enum Ground<'lab> {
+    /// cgroupfs.
+    Host(&'lab Host),
+    /// systemd's, with systemd.
+    Node(&'lab Debian),
+}
+
+impl Ground<'_> {
+    fn place(&self) -> &Place {
+        match self {
+            Ground::Host(host) => host.place(),
+            Ground::Node(node) => node.place(),
+        }
+    }
+
+    fn command(&self, program: &str) -> Command {
+        match self {
+            Ground::Host(_) => Command::new(program),
+            Ground::Node(node) => node.command(program),
+        }
+    }
+
+    /// The cgroup of a pod, in the words of the driver.
+    fn cgroup_of(&self, pod: &str) -> Result<String> {
+        Ok(match self {
+            Ground::Host(host) => {
+                format!("{}/kubepods/burstable/pod{pod}", host.cgroup().relative()?.display())
+            }
+            // A dash is a step in the names of slices.
+            Ground::Node(_) => format!("kubepods-burstable-pod{}.slice", pod.replace('-', "_")),
+        })
+    }
+}
+
 /// A containerd, running.
 pub struct Containerd<'lab> {
-    host: &'lab Host,
+    ground: Ground<'lab>,
     directory: PathBuf,
     snapshotter: String,
     tokio: tokio::runtime::Runtime,
@@ -143,19 +178,29 @@ impl<'lab> Containerd<'lab> {
 
     /// With this snapshotter: `overlayfs` copies no image, and is not possible everywhere.
     pub(crate) fn start_with(host: &'lab Host, snapshotter: &str) -> Result<Containerd<'lab>> {
-        let directory = host.place().directory.join("containerd");
-        std::fs::create_dir_all(directory.join("cni"))?;
-        std::fs::write(directory.join("config.toml"), configuration(&directory, snapshotter))?;
-        write_runc(&directory.join("runc"))?;
-        std::fs::write(directory.join("cni/10-lab.conflist"), network(host.index))?;
         // What no setting can move.
         host.place().run_script(
             &["sh", "-e"],
             "for place in /run/containerd /var/lib/cni; do mkdir -p $place; mount -t tmpfs none $place; done\n",
         )?;
+        Containerd::start_on(Ground::Host(host), host.index, snapshotter)
+    }
+
+    /// In a system of its own, which has [`crate::CONTAINERS`], and whose pods are on the overlay of this host.
+    pub fn start_in(node: &'lab Debian, host: &Host) -> Result<Containerd<'lab>> {
+        Containerd::start_on(Ground::Node(node), host.index, "native")
+    }
+
+    fn start_on(ground: Ground<'lab>, host: u8, snapshotter: &str) -> Result<Containerd<'lab>> {
+        let directory = ground.place().directory.join("containerd");
+        std::fs::create_dir_all(directory.join("cni"))?;
+        let configuration = configuration(&directory, snapshotter, matches!(ground, Ground::Node(_)));
+        std::fs::write(directory.join("config.toml"), configuration)?;
+        write_runc(&directory.join("runc"))?;
+        std::fs::write(directory.join("cni/10-lab.conflist"), network(host))?;
         let tokio = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let containerd = Containerd {
-            host,
+            ground,
             directory,
             snapshotter: snapshotter.to_owned(),
             tokio,
@@ -168,9 +213,9 @@ impl<'lab> Containerd<'lab> {
 
     /// After [`Containerd::stop`].
     pub fn start_again(&self) -> Result<()> {
-        let mut command = Command::new("containerd");
+        let mut command = self.ground.command("containerd");
         command.arg("--config").arg(self.directory.join("config.toml"));
-        let mut process = self.host.place().spawn("containerd", &mut command)?;
+        let mut process = self.ground.place().spawn("containerd", &mut command)?;
         // Seen from here: its mounts are not ours.
         let socket = PathBuf::from(format!("/proc/{}/root{SOCKET}", process.pid()));
         let client = {
@@ -201,11 +246,16 @@ impl<'lab> Containerd<'lab> {
 
     /// Makes an image known, which is a tar as `docker save` or an OCI layout has it.
     pub fn import(&self, image: &Path) -> Result<()> {
-        let mut command = Command::new("ctr");
+        let mut command = self.ground.command("ctr");
         command
             .args(["--namespace", "k8s.io", "images", "import", "--snapshotter", &self.snapshotter])
             .arg(image);
-        self.host.place().run(&mut command).map(drop)
+        self.ground.place().run(&mut command).map(drop)
+    }
+
+    /// Imports [`ROUTER_IMAGE`].
+    pub fn import_router(&self) -> Result<()> {
+        self.import(&Image::of_router(&self.directory)?)
     }
 
     /// Makes a pod with all of its containers, started.
@@ -266,11 +316,10 @@ impl<'lab> Containerd<'lab> {
         ensure!(!pod.name.is_empty(), "a pod needs a name");
         let logs = self.directory.join("logs").join(&pod.name);
         std::fs::create_dir_all(&logs)?;
-        let cgroup = self.host.cgroup().relative()?;
-        let cgroup_parent = pod
-            .cgroup_parent
-            .clone()
-            .unwrap_or_else(|| format!("{}/kubepods/burstable/pod{}", cgroup.display(), pod.name));
+        let cgroup_parent = match &pod.cgroup_parent {
+            Some(given) => given.clone(),
+            None => self.ground.cgroup_of(&pod.name)?,
+        };
         Ok(PodSandboxConfig {
             metadata: Some(PodSandboxMetadata {
                 name: pod.name.clone(),
@@ -346,7 +395,8 @@ fn log_name(container: &ContainerSpec) -> String {
     format!("{}.log", container.name)
 }
 
-/// runc, but for a capability that root lacks on some machines: then nobody can be given it, and runc would fail.
+/// runc, but for a capability that root lacks on some machines: then nobody can be given it, and runc would fail. It would too
+/// where version 2 of cgroups has no weights to give, because version 1 has all controllers.
 const RUNC: &str = r#"#!/bin/sh
 previous=
 for word; do
@@ -357,7 +407,7 @@ for word; do
     previous=$word
 done
 if [ -n "$specification" ]; then
-    jq -c 'walk(if type == "array" then map(select(. != "CAP_SYS_RESOURCE")) else . end)' "$specification" >"$specification.less"
+    jq -c 'del(.linux.resources.cpu) | walk(if type == "array" then map(select(. != "CAP_SYS_RESOURCE")) else . end)' "$specification" >"$specification.less"
     cat "$specification.less" >"$specification"
     rm "$specification.less"
 fi
@@ -365,13 +415,15 @@ exec runc "$@"
 "#;
 
 fn write_runc(path: &Path) -> Result<()> {
-    let has_all = privileges::held().contains(&"CAP_SYS_RESOURCE".parse()?);
+    let controllers = std::fs::read_to_string(Cgroup::root()?.path().join("cgroup.controllers"))?;
+    let has_weights = controllers.split_whitespace().any(|controller| controller == "cpu");
+    let has_all = has_weights && privileges::held().contains(&"CAP_SYS_RESOURCE".parse()?);
     std::fs::write(path, if has_all { "#!/bin/sh\nexec runc \"$@\"\n" } else { RUNC })?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755))?;
     Ok(())
 }
 
-fn configuration(directory: &Path, snapshotter: &str) -> String {
+fn configuration(directory: &Path, snapshotter: &str, systemd: bool) -> String {
     let directory = directory.display();
     format!(
         r#"version = 2
@@ -391,6 +443,7 @@ disabled_plugins = ["io.containerd.internal.v1.opt"]
       runtime_type = "io.containerd.runc.v2"
       [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
         BinaryName = "{directory}/runc"
+        SystemdCgroup = {systemd}
   [plugins."io.containerd.grpc.v1.cri".cni]
     bin_dir = "/usr/lib/cni"
     conf_dir = "{directory}/cni"

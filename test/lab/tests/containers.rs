@@ -2,6 +2,8 @@
 //! Real containers, made over CRI by a real containerd: rules find their labels, and what becomes of containers and
 //! runtimes disturbs nobody.
 
+#[path = "containers/nested.rs"]
+mod nested;
 #[path = "containers/shop.rs"]
 mod shop;
 
@@ -33,12 +35,16 @@ fn connect_to(client: &Pod, pod: &RunningPod, container: usize, port: u16) -> Re
 }
 
 /// Both ends are content.
-fn finish(containerd: &Containerd, mut client: Process, server: &RunningContainer) -> Result<()> {
-    client.close_stdin();
-    client.wait(DEADLINE)?.expect_success()?;
+fn finish(containerd: &Containerd, client: Process, server: &RunningContainer) -> Result<()> {
+    finish_client(client)?;
     let code = wait_for("the end of the server", DEADLINE, || containerd.exit_code(server))?;
     ensure!(code == 0, "the server ended with {code}: {}", server.log());
     Ok(())
+}
+
+fn finish_client(mut client: Process) -> Result<()> {
+    client.close_stdin();
+    client.wait(DEADLINE)?.expect_success().map(drop)
 }
 
 fn wait_until_logged(host: &Host, text: &str) -> Result<()> {

@@ -15,6 +15,9 @@ use crate::program;
 /// busybox and `stream`; by itself it sleeps, as the first process of a pod does.
 pub const LAB_IMAGE: &str = "docker.io/lab/programs:1";
 
+/// Router and forwarder.
+pub const ROUTER_IMAGE: &str = "docker.io/lab/router:1";
+
 /// $1: the root that is made; then packages.
 const PACKAGES: &str = r#"
 set -euo pipefail
@@ -54,6 +57,16 @@ impl Image {
         copy_with_libraries(&program("stream")?, &root, "bin/stream")?;
         let entrypoint = ["/bin/busybox", "sleep", "2147483647"];
         Image::pack(directory, &root, LAB_IMAGE, &entrypoint)
+    }
+
+    /// Makes [`ROUTER_IMAGE`] as a tar in this directory.
+    pub fn of_router(directory: &Path) -> Result<PathBuf> {
+        let root = directory.join("router");
+        std::fs::create_dir_all(root.join("bin"))?;
+        for name in ["router", "forwarder"] {
+            copy_with_libraries(&program(name)?, &root, &format!("bin/{name}"))?;
+        }
+        Image::pack(directory, &root, ROUTER_IMAGE, &["/bin/router"])
     }
 
     /// Makes an image of Debian packages that are installed here, and of all that they need: without package manager,
