@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The Debian package, on a clean Debian 12 that systemd has booted, in a container whose network is that of a host of the
-//! lab. Its processes have ids of their own, so nothing is swapped in it: what is looked at are units and scripts.
+//! lab. What is looked at are units and scripts.
 
 use std::{process::Command, time::Duration};
 
