@@ -266,7 +266,7 @@ int list_descriptors(struct bpf_iter__task_file *ctx)
 	struct descriptor found = {};
 	struct socket *socket;
 	struct tcp_sock *tp;
-	__u32 level = own_pid_level();
+	__u32 level;
 
 	if (!task || !file || task->files == bpf_get_current_task_btf()->files)
 		return 0;
@@ -293,6 +293,7 @@ int list_descriptors(struct bpf_iter__task_file *ctx)
 	found.file = (__u64)file;
 	found.table = (__u64)task->files;
 	read_cgroups(&found, task->cgroups->dfl_cgrp);
+	level = own_pid_level();
 	found.tgid = pid_at(task->group_leader, level);
 	found.tid = pid_at(task, level);
 	found.fd = ctx->fd;
