@@ -21,6 +21,7 @@ mod ledger;
 mod lookup;
 mod negotiation;
 mod peer;
+mod scans;
 mod session;
 mod tally;
 pub mod wire;
@@ -59,6 +60,7 @@ use flow::{Flow, Note};
 use host_path::{Arrived, HostPath, Line};
 use ledger::{Event, Ledger, Restored};
 use peer::Contacts;
+use scans::Scans;
 use session::SessionEvent;
 use wire::{Message, Tuple};
 
@@ -66,6 +68,7 @@ use crate::{
     cluster::Reach,
     forwarder::{ForwarderEvent, Sent},
     identity::Identity,
+    lanes::{self, lanes},
     peers::PeerAddress,
     rules::Reading,
     settings::Settings,
@@ -75,6 +78,8 @@ use crate::{
     workload::Told,
 };
 
+/// So many events at once, in a burst: what has come meanwhile, and may be urgent, is looked at in between.
+const AT_ONCE: u32 = 4;
 /// Between two looks at addresses and pods that may have changed, and at connections that may be over.
 const SURROUNDINGS: Duration = Duration::from_secs(2);
 const SCAN: Duration = Duration::from_secs(30);
@@ -177,7 +182,7 @@ struct Coordinator {
     scans: Scans,
     waiting: HashMap<Tuple, Vec<oneshot::Sender<Result<u64, Refusal>>>>,
     turned_away: Arc<AtomicU64>,
-    to_sessions: mpsc::Sender<SessionEvent>,
+    to_sessions: lanes::Sender<SessionEvent>,
     to_made: mpsc::Sender<Made>,
     leave: Leave,
     /// Whose translation was kept last.
@@ -224,22 +229,12 @@ struct Lines {
 /// Lines made by us, or not.
 type Made = (ConnId, io::Result<Lines>);
 
-/// Scans under way, and who waits for them.
-#[derive(Default)]
-struct Scans {
-    last: u64,
-    began: BTreeMap<u64, Instant>,
-    /// Since when scans show the sockets that are too young to be known. None: there was no scan yet.
-    young: Option<HashMap<SocketInode, Instant>>,
-    waiting: Vec<(u64, AfterScan)>,
-}
-
 /// Open what peers need, and run until SIGTERM or SIGINT and, then, until connections are where they shall stay.
 pub async fn run(parts: Parts, mut inlets: Inlets) -> anyhow::Result<()> {
     let (to_arrived, mut arrived) = mpsc::channel(64);
     let (to_made, mut made) = mpsc::channel(64);
-    let (to_sessions, mut sessions) = mpsc::channel(1024);
-    let (to_forwarder, mut forwarder) = mpsc::channel(1024);
+    let (to_sessions, mut sessions) = lanes();
+    let (to_forwarder, mut forwarder) = lanes();
     let mut seed = [0; 8];
     getrandom::fill(&mut seed)?;
     let mut coordinator = Coordinator {
@@ -271,7 +266,12 @@ pub async fn run(parts: Parts, mut inlets: Inlets) -> anyhow::Result<()> {
     let mut stop: Option<Stop> = None;
     // How many were swapped when what the last burst had left was given back.
     let mut trimmed_at = 0;
+    let mut turn: u32 = 0;
     loop {
+        turn = turn.wrapping_add(1);
+        if turn.is_multiple_of(AT_ONCE) {
+            tokio::task::yield_now().await;
+        }
         let alarm = coordinator.ledger.alarm().or(stop.map(|stop| stop.by));
         tokio::select! {
             Some(event) = inlets.traced.recv() => coordinator.traced(event).await,
@@ -282,6 +282,7 @@ pub async fn run(parts: Parts, mut inlets: Inlets) -> anyhow::Result<()> {
             Some((conn, lines)) = made.recv() => coordinator.made(conn, lines).await,
             Some(wish) = inlets.wishes.recv() => coordinator.wish(wish).await,
             () = at(alarm) => coordinator.handle(Event::Alarm).await,
+            () = std::future::ready(()), if coordinator.scans.has_more() => coordinator.take_in().await,
             Some(reading) = inlets.rules.recv() => coordinator.read_rules(reading).await,
             _ = surroundings.tick() => {
                 coordinator.look_around().await;
@@ -362,13 +363,13 @@ impl Coordinator {
             }
             ForwarderEvent::Down => {
                 self.forwarder = None;
-                self.scans.began.clear();
+                self.scans.forget_asked();
                 self.answer_all();
                 Event::ForwarderDown
             }
             ForwarderEvent::Said(said) => match said {
                 Said::Hello { .. } => return,
-                Said::Sockets { seq, sockets } => return self.scanned(seq, sockets).await,
+                Said::Sockets { seq, sockets } => return self.scans.scanned(seq, sockets),
                 Said::Prepared { conn, holder } => Event::Prepared(conn, holder),
                 Said::Refused { conn, reason } => Event::Refused(conn, reason),
                 Said::ToPeer { conn, message } => Event::ToPeer(conn, message),
@@ -493,74 +494,9 @@ impl Coordinator {
     }
 
     /// Ask the forwarder for all sockets of our containers; its answer comes to [`Coordinator::scanned`].
-    fn scan(&mut self) -> Option<u64> {
-        self.forwarder.as_ref()?;
-        self.scans.last += 1;
-        let seq = self.scans.last;
-        self.scans.began.insert(seq, Instant::now());
-        self.ask(Request::Scan { seq, cgroup_id: self.parts.scope.cgroup_id }, vec![]);
-        Some(seq)
-    }
-
-    async fn scanned(&mut self, seq: u64, records: Vec<SocketRecord>) {
-        let Some(began) = self.scans.began.remove(&seq) else { return };
-        let before = self.scans.young.take();
-        let mut young = HashMap::new();
-        for record in &records {
-            let tuple = lookup::tuple_of(record);
-            // Most are known as they are: nothing about them needs to be looked up again.
-            if self.ledger.knows(tuple, record.socket) {
-                continue;
-            }
-            // Tracing will tell of it, but for what it has missed. Who is in the first scan may be of any age.
-            let since = before.as_ref().map(|before| *before.get(&record.socket).unwrap_or(&began));
-            let age = since.map(|since| began.saturating_duration_since(since));
-            if !self.ledger.knows_of(tuple) && !self.parts.lookup.is_old_enough(record, age) {
-                young.insert(record.socket, since.unwrap_or(began));
-                continue;
-            }
-            if let Some(learned) = self.parts.lookup.record(record, began).await {
-                self.handle(Event::Learned(learned)).await;
-            }
-        }
-        self.scans.young = Some(young);
-        self.take_in_stranded(&records).await;
-        let bytes = |record: &SocketRecord| (record.socket, (record.bytes_sent, record.bytes_received));
-        let sockets = records.iter().map(bytes).collect();
-        self.handle(Event::Scanned { began, sockets }).await;
-        let (ready, later) =
-            std::mem::take(&mut self.scans.waiting).into_iter().partition(|(of, _)| *of <= seq);
-        self.scans.waiting = later;
-        self.answer(ready, &records);
-    }
-
-    /// Of swapped connections that were left alone when router and forwarder died, the host sockets remain.
-    async fn take_in_stranded(&mut self, records: &[SocketRecord]) {
-        let known: HashSet<SocketInode> = self.ledger.flows().map(|flow| flow.socket).collect();
-        let is_stranded =
-            |record: &&SocketRecord| !known.contains(&record.socket) && self.parts.lookup.is_swapped(record);
-        let stranded: Vec<&SocketRecord> = records.iter().filter(is_stranded).collect();
-        if stranded.is_empty() {
-            return;
-        }
-        let seen = match self.parts.watch.look() {
-            Ok(seen) => seen,
-            Err(error) => return log::warn!("{error}"),
-        };
-        for record in stranded {
-            let names = seen.iter().find(|seen| seen.socket == record.socket).map(|seen| seen.names);
-            if let Some(names) = names
-                && let Some(stranded) = self.parts.lookup.stranded(record, names).await
-            {
-                self.handle(Event::Stranded(stranded)).await;
-            }
-        }
-    }
-
     async fn look_around(&mut self) {
         // A scan that has not come for so long is not worth waiting for.
-        if self.scans.began.values().any(|began| began.elapsed() > FRESH) {
-            self.scans.began.retain(|_, began| began.elapsed() < SCAN);
+        if self.scans.forget_overdue() {
             self.answer_all();
         }
         self.parts.lookup.look_at_interfaces().await;
@@ -632,7 +568,7 @@ impl Coordinator {
     /// A router may be stopped before it has reached its forwarder: it is waited for.
     async fn last_scan(
         &mut self,
-        forwarder: &mut mpsc::Receiver<ForwarderEvent>,
+        forwarder: &mut lanes::Receiver<ForwarderEvent>,
     ) -> Option<Vec<SocketRecord>> {
         let mut asked = self.scan();
         loop {
@@ -651,7 +587,7 @@ impl Coordinator {
     }
 
     /// Take away what nobody needs any more.
-    async fn finish(mut self, leave: bool, mut forwarder: mpsc::Receiver<ForwarderEvent>) {
+    async fn finish(mut self, leave: bool, mut forwarder: lanes::Receiver<ForwarderEvent>) {
         // The answer to a last question shows that the forwarder has heard all that came before.
         let time = if self.forwarder.is_some() { LAST_SCAN } else { FRESH };
         let sockets = timeout(time, self.last_scan(&mut forwarder)).await.ok().flatten();

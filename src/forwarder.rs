@@ -19,6 +19,8 @@ use tokio::{
     sync::mpsc,
 };
 
+use crate::lanes::{self, Urgent};
+
 type Reader = BufReader<OwnedReadHalf>;
 
 const RETRY: Duration = Duration::from_millis(200);
@@ -32,6 +34,14 @@ pub enum ForwarderEvent {
     Up { pid: u32, requests: mpsc::UnboundedSender<Sent> },
     Down,
     Said(Event),
+}
+
+impl Urgent for ForwarderEvent {
+    /// What it says to the other end, it says from a move. It says so only when it was told to move, and not again before it is
+    /// told anew, so that nothing which must come first can be overtaken.
+    fn is_urgent(&self) -> bool {
+        matches!(self, ForwarderEvent::Said(Event::ToPeer { .. }))
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -49,7 +59,7 @@ enum LinkError {
 }
 
 /// Keep in touch with the forwarder, for ever.
-pub async fn reach(path: PathBuf, events: mpsc::Sender<ForwarderEvent>) {
+pub async fn reach(path: PathBuf, events: lanes::Sender<ForwarderEvent>) {
     let mut complained = false;
     loop {
         match connect(&path).await {
@@ -95,7 +105,7 @@ async fn connect(path: &Path) -> Result<(Reader, OwnedWriteHalf, u32), LinkError
     }
 }
 
-async fn listen(mut reader: Reader, events: &mpsc::Sender<ForwarderEvent>) -> Result<(), LinkError> {
+async fn listen(mut reader: Reader, events: &lanes::Sender<ForwarderEvent>) -> Result<(), LinkError> {
     loop {
         let event = next(&mut reader).await?;
         if events.send(ForwarderEvent::Said(event)).await.is_err() {

@@ -14,6 +14,7 @@ mod coordinator;
 mod encryption;
 mod forwarder;
 mod identity;
+mod lanes;
 mod live;
 mod metrics;
 mod peers;
@@ -56,6 +57,8 @@ use workload::{Runtimes, Told, Workloads};
 /// Events of tracing that may wait; more are lost, counted.
 const TRACED: usize = 16384;
 const WISHES: usize = 64;
+/// So many tasks run between two looks at what has come: in a burst, hundreds are ready.
+const TASKS_AT_ONCE: u32 = 4;
 /// Rules that were read and not taken yet: who reads them waits.
 const READINGS: usize = 4;
 
@@ -115,7 +118,8 @@ fn start<F: Future<Output = Result<()>>>(settings: Settings, what: impl FnOnce(S
     let _log = logging::start(settings.log_level, settings.log_format, &silent);
     // What libbpf prints explains our own errors.
     libbpf_rs::set_print(Some((libbpf_rs::PrintLevel::Debug, |_, text| log::debug!("{}", text.trim_end()))));
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().event_interval(TASKS_AT_ONCE).build()?;
     runtime.block_on(what(settings))
 }
 

@@ -68,19 +68,19 @@ impl Coordinator {
 
     pub(super) fn answer_after_scan(&mut self, asked: AfterScan) {
         match self.scan() {
-            Some(seq) => self.scans.waiting.push((seq, asked)),
-            None => self.answer(vec![(0, asked)], &[]),
+            Some(seq) => self.scans.wait_for(seq, asked),
+            None => self.answer(vec![asked], &[]),
         }
     }
 
     /// To all who wait, whatever has come.
     pub(super) fn answer_all(&mut self) {
-        let waiting = std::mem::take(&mut self.scans.waiting);
+        let waiting = self.scans.take_waiting();
         self.answer(waiting, &[]);
     }
 
-    pub(super) fn answer(&mut self, waiting: Vec<(u64, AfterScan)>, records: &[SocketRecord]) {
-        for (_, asked) in waiting {
+    pub(super) fn answer(&mut self, waiting: Vec<AfterScan>, records: &[SocketRecord]) {
+        for asked in waiting {
             match asked {
                 AfterScan::Flows(answer) => drop(answer.send(self.ledger.views())),
                 AfterScan::Explain(subject, answer) => drop(answer.send(self.explain(&subject, records))),
@@ -146,7 +146,7 @@ impl Coordinator {
         } else if lookup.is_in_own_network(record) {
             Step::new("network", Says::No, "it is in the host's own network: it has no overlay to leave")
         } else {
-            let since = self.scans.young.as_ref().and_then(|young| young.get(&record.socket));
+            let since = self.scans.seen_since(record.socket);
             let seen = since.map_or("a moment".into(), |since| explain::span(since.elapsed()));
             let because =
                 format!("too young: seen for {seen}, taken in at after={}", explain::after_text(after));

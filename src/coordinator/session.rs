@@ -31,6 +31,7 @@ use super::{
     wire::{self, Message, Purpose, TOKEN, Token, WireError},
 };
 use crate::{
+    lanes::{self, Urgent},
     peers::PeerAddress,
     trust::{Node, Trust},
 };
@@ -62,6 +63,14 @@ pub enum SessionEvent {
     Up(PeerAddress, mpsc::Sender<Message>),
     Down(PeerAddress),
     Heard(Node, Message),
+}
+
+impl Urgent for SessionEvent {
+    /// A follower says Begin, and then its forwarder may speak; a decider's forwarder may when its router has heard that. What
+    /// must have come before, both have answered by then.
+    fn is_urgent(&self) -> bool {
+        matches!(self, SessionEvent::Heard(_, Message::Begin { .. } | Message::Relay { .. }))
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -96,7 +105,7 @@ pub fn listen(port: u16) -> io::Result<TcpListener> {
 /// Where those who connect are led.
 #[derive(Clone)]
 pub struct Doors {
-    pub events: mpsc::Sender<SessionEvent>,
+    pub events: lanes::Sender<SessionEvent>,
     pub expected: Expected,
     pub arrived: mpsc::Sender<Arrived>,
     pub trust: Trust,
@@ -226,7 +235,7 @@ async fn hear_messages(mut stream: Channel, node: Node, doors: &Doors) -> Result
 }
 
 /// Keep in touch with the router at `to`, for ever.
-pub async fn reach(to: SocketAddr, trust: Trust, events: mpsc::Sender<SessionEvent>) {
+pub async fn reach(to: SocketAddr, trust: Trust, events: lanes::Sender<SessionEvent>) {
     let peer = to.ip();
     let mut retry = FIRST_RETRY;
     let mut complained = false;
