@@ -10,7 +10,7 @@ set -euo pipefail
 packages=(
     clang llvm libelf-dev zlib1g-dev pkg-config gcc libc6-dev make # the programs and their BPF
     bpftool                                                      # vmlinux.h, and looking at what was loaded
-    iproute2 procps util-linux nftables openssl                  # the lab
+    iproute2 procps util-linux nftables openssl python3          # the lab
     iperf3 sockperf                                              # throughput and latency
     nftables conntrack musl-tools gcc-multilib                   # the matrix: NAT, and programs of other kinds
     qemu-system-x86 busybox-static cpio jq                       # the second kernel
