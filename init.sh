@@ -66,6 +66,7 @@ for package in "${packages[@]}"; do
 done
 if ((${#missing[@]})); then
     ((EUID == 0)) || { echo "error: ${missing[*]} must be installed: run $0 as root" >&2; exit 1; }
+    echo "installing ${missing[*]}" >&2
     export DEBIAN_FRONTEND=noninteractive
     apt-get -qq update
     # Debian starts a server when it installs it; these are wanted for tests only.

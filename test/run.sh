@@ -29,7 +29,7 @@ for argument in "$@"; do
         --kernel) kernel=yes ;;
         --*)
             is_among "${argument#--}" "${long[@]}" || {
-                echo "error: $argument: expected --kernel, --fuzz MINUTES,${long[*]/#/ --}, or names of test files" >&2
+                echo "error: $argument: expected --kernel, --fuzz MINUTES, ${long[*]/#/--}, or names of test files" >&2
                 exit 1
             }
             added+=("${argument#--}")

@@ -23,6 +23,7 @@ build() {
     ((EUID == 0)) || { echo "error: namespaces, BPF and ptrace need root: run $0 as root" >&2; exit 1; }
     ./init.sh "$@"
     export PATH=$PATH:${CARGO_HOME:-$HOME/.cargo}/bin
+    [[ -x ${CARGO_TARGET_DIR:-target}/release/lab ]] || echo "building, which takes some minutes the first time" >&2
     cargo build --quiet --release --locked
 }
 

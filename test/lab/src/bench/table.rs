@@ -50,10 +50,12 @@ fn section(quantity: &Quantity, rows: &[&Row]) -> Section {
 
 pub fn text(report: &Report) -> String {
     let mut lines = vec![format!("{}: {}", report.key.name, report.key.title), report.machine.words()];
-    for Section { heading, columns, rows } in sections(report) {
+    let sections = sections(report);
+    let width = sections.iter().map(|section| section.heading.chars().count()).max().unwrap_or_default();
+    for Section { heading, columns, rows } in sections {
         lines.push(String::new());
-        lines.push(line(&heading, &columns));
-        lines.extend(rows.iter().map(|cells| line(&format!("  {}", cells[0]), &cells[1..])));
+        lines.push(line(width, &heading, &columns));
+        lines.extend(rows.iter().map(|cells| line(width, &format!("  {}", cells[0]), &cells[1..])));
     }
     lines.push(String::new());
     lines.push(what_routers_did(report));
@@ -76,7 +78,7 @@ pub fn what_routers_did(report: &Report) -> String {
     )
 }
 
-fn line(first: &str, cells: &[String]) -> String {
+fn line(width: usize, first: &str, cells: &[String]) -> String {
     let cells: Vec<String> = cells.iter().map(|cell| format!("  {cell:>10}")).collect();
-    format!("{first:<64}{}", cells.concat())
+    format!("{first:<width$}{}", cells.concat())
 }
