@@ -28,6 +28,8 @@ const MAP_PIN: &str = "identities";
 pub enum IdentityError {
     #[error("{path}: the identity programs cannot be loaded: {source}", path = path.display())]
     Load { path: PathBuf, source: libbpf_rs::Error },
+    #[error("the map of identities cannot be made: {0}")]
+    Map(libbpf_rs::Error),
     #[error("{path}: cannot be made: {source}; mount a bpf file system there (mount -t bpf bpf /sys/fs/bpf), or give another --pins", path = path.display())]
     Pins { path: PathBuf, source: io::Error },
     #[error("{path}: cannot pin there: {source}; it must be on a bpf file system", path = path.display())]
@@ -55,6 +57,14 @@ impl Names {
         let address = |(ip, port): ([u8; 16], u16)| SocketAddr::new(unmapped(ip), u16::from_be(port));
         Names { swap, local: address(local), remote: address(remote) }
     }
+}
+
+/// A map in which nobody has names, for whoever only looks: it is not pinned, and no program is attached.
+pub fn nobody() -> Result<MapHandle, IdentityError> {
+    let mut object = MaybeUninit::uninit();
+    let open = skeleton::IdentitySkelBuilder::default().open(&mut object).map_err(IdentityError::Map)?;
+    let skel = open.load().map_err(IdentityError::Map)?;
+    MapHandle::try_from(&skel.maps.identities).map_err(IdentityError::Map)
 }
 
 pub struct Identity {

@@ -32,7 +32,7 @@ pub mod untrusted;
 mod web;
 mod workload;
 
-use std::{io::Write, net::IpAddr, process::ExitCode};
+use std::{io::Write, net::IpAddr, os::fd::AsFd, process::ExitCode};
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
@@ -168,7 +168,7 @@ async fn run(settings: Settings) -> Result<()> {
     let (traced, from_trace) = mpsc::channel(TRACED);
     let number = rules.len();
     let (rules, rules_of_tracer) = watch::channel(rules);
-    let tracer = Tracer::start(&scope, &identity, Telling::WhenOldEnough(rules_of_tracer), traced)?;
+    let tracer = Tracer::start(&scope, identity.map(), Telling::WhenOldEnough(rules_of_tracer), traced)?;
     let processes = Processes::load(&scope)?;
     let watch = Watch::start(&identity)?;
     log::info!(
@@ -203,13 +203,19 @@ async fn check(settings: Settings) -> Result<()> {
 }
 
 async fn print_traced(settings: Settings) -> Result<()> {
+    let mut lines = check::judge(&check::probe(&settings).await);
+    lines.retain(|line| ["BTF", "capabilities", "cgroup"].contains(&line.what));
+    if let Some(obstacle) = check::obstacle(&lines) {
+        bail!("{obstacle}");
+    }
     let (mut workloads, mut told) = workloads(&settings)?;
     let scope_path = settings.scope()?;
     let scope = Scope::of(&scope_path)?;
-    let identity = Identity::attach(&scope_path, &settings.pins)?;
+    // What a router has attached and pinned is not touched.
+    let nobody = identity::nobody()?;
     let mut processes = Processes::load(&scope)?;
     let (traced, mut from_trace) = mpsc::channel(TRACED);
-    let _tracer = Tracer::start(&scope, &identity, Telling::AtOnce, traced)?;
+    let _tracer = Tracer::start(&scope, nobody.as_fd(), Telling::AtOnce, traced)?;
     log::info!("tracing in {}", scope_path.display());
     let interrupted = tokio::signal::ctrl_c();
     tokio::pin!(interrupted);
@@ -222,10 +228,9 @@ async fn print_traced(settings: Settings) -> Result<()> {
                 println!("{verb} {} - {} by {}", seen.local, seen.remote, workload.name);
             },
             Some(said) = told.recv() => workloads.learn(said),
-            _ = &mut interrupted => break,
+            _ = &mut interrupted => return Ok(()),
         }
     }
-    identity.unpin().with_context(|| format!("{}", settings.pins.display()))
 }
 
 fn workloads(settings: &Settings) -> Result<(Workloads, mpsc::Receiver<Told>)> {

@@ -13,7 +13,7 @@ mod young;
 use std::{
     io,
     net::{IpAddr, SocketAddr},
-    os::unix::fs::MetadataExt,
+    os::{fd::BorrowedFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -28,10 +28,7 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use mio::{Poll, Waker};
 use tokio::sync::{mpsc, watch};
 
-use crate::{
-    identity::{Identity, Names},
-    rules::RuleSet,
-};
+use crate::{identity::Names, rules::RuleSet};
 
 /// `bpf/event.h`
 const COUNTERS: u32 = 2;
@@ -144,17 +141,17 @@ pub struct Tracer {
 }
 
 impl Tracer {
-    /// Load, attach, and send what is seen. When `events` is full, what does not fit is lost and counted.
+    /// Load, attach, and send what is seen; `identities` tells which sockets are host sockets. When `events` is full, what does not fit is lost and counted.
     pub fn start(
         scope: &Scope,
-        identity: &Identity,
+        identities: BorrowedFd<'_>,
         telling: Telling,
         events: mpsc::Sender<TraceEvent>,
     ) -> Result<Tracer, TraceError> {
         let lost_here = Arc::new(AtomicU64::new(0));
         let wake = Poll::new().map_err(TraceError::Thread)?;
         let stop = Waker::new(wake.registry(), reader::STOP).map_err(TraceError::Thread)?;
-        let identities = identity.map().try_clone_to_owned().map_err(TraceError::Thread)?;
+        let identities = identities.try_clone_to_owned().map_err(TraceError::Thread)?;
         let (ready, is_ready) = std::sync::mpsc::sync_channel(1);
         let task = reader::Task {
             scope: scope.clone(),

@@ -4,7 +4,8 @@
 use std::{net::SocketAddr, process::Command};
 
 use anyhow::{Context, Result, ensure};
-use lab::{DEADLINE, Family, Process, Scene, program, wait_for, workload::StreamOptions};
+use lab::{DEADLINE, Family, Host, Process, Scene, program, wait_for, workload::StreamOptions};
+use nix::sys::signal::Signal;
 
 const PORT: u16 = 7000;
 
@@ -17,15 +18,16 @@ struct Traced {
 /// A scene without routers, and `router trace` on both hosts.
 fn traced(test: &str) -> Result<Traced> {
     let scene = Scene::without_routers(test)?;
-    let trace = |host: &lab::Host| -> Result<Process> {
-        let mut command = Command::new(program("router")?);
-        command.arg("trace").envs(host.environment());
-        let mut running = host.place().spawn("trace", &mut command)?;
-        running.wait_until_it_says("tracing in", DEADLINE)?;
-        Ok(running)
-    };
     let (client, server) = (trace(&scene.lab.h1)?, trace(&scene.lab.h2)?);
     Ok(Traced { scene, client, server })
+}
+
+fn trace(host: &Host) -> Result<Process> {
+    let mut command = Command::new(program("router")?);
+    command.arg("trace").envs(host.environment());
+    let mut running = host.place().spawn("trace", &mut command)?;
+    running.wait_until_it_says("tracing in", DEADLINE)?;
+    Ok(running)
 }
 
 fn wait_for_line(trace: &Process, words: &[&str]) -> Result<String> {
@@ -113,4 +115,21 @@ fn a_connection_that_ends_at_once_is_traced_too() -> Result<()> {
     wait_for("three lines at each end", DEADLINE, || {
         Ok((lines(&traced.client) == 3 && lines(&traced.server) == 3).then_some(()))
     })
+}
+
+#[test]
+fn a_trace_beside_a_router_leaves_what_the_router_has_pinned() -> Result<()> {
+    let scene = Scene::with_routers("trace-beside")?;
+    let stream = scene.swapped_stream(PORT, "--names")?;
+    for host in scene.lab.hosts() {
+        let pins = host.pins()?;
+        let trace = trace(host)?;
+        trace.signal(Signal::SIGINT)?;
+        let end = trace.wait(DEADLINE)?;
+        ensure!(end.success(), "{end:?}");
+        ensure!(!pins.is_empty() && host.pins()? == pins, "{pins:?} were pinned, {:?} are", host.pins()?);
+    }
+    // It looks at its addresses as long as it runs.
+    stream.finish()?;
+    Ok(())
 }
