@@ -65,11 +65,7 @@ impl Interfaces {
         let network = look(netlink, overlay_if.is_empty() || host_if.is_empty()).await?;
         let (overlay, how_overlay) = overlay(&network, overlay_if)?;
         let (host, how_host) = host(&network, host_if, overlay)?;
-        let host_address = ipv4(host).ok_or_else(|| PeerError::Interface {
-            variable: "HOST_IF",
-            name: host.name.clone(),
-            reason: "has no IPv4 address; name the interface of the hosts' own network".into(),
-        })?;
+        let host_address = address_of(host, overlay)?;
         let found =
             format!("{} ({how_overlay}) and {} with {host_address} ({how_host})", overlay.name, host.name);
         Ok(Interfaces {
@@ -81,6 +77,23 @@ impl Interfaces {
             addresses: network.links.iter().flat_map(|link| link.addresses.iter().copied()).collect(),
             found,
         })
+    }
+}
+
+/// Where swapped connections come and go.
+fn address_of(host: &Link, overlay: &Link) -> Result<IpAddr, PeerError> {
+    let wrong = |what: &str| PeerError::Interface {
+        variable: "HOST_IF",
+        name: host.name.clone(),
+        reason: format!("{what}; name the interface of the hosts' own network"),
+    };
+    if host.index == overlay.index {
+        return Err(wrong("is the overlay's own interface"));
+    }
+    match ipv4(host) {
+        None => Err(wrong("has no IPv4 address")),
+        Some(address) if address.is_loopback() => Err(wrong("leads to no other host")),
+        Some(address) => Ok(address),
     }
 }
 
@@ -291,6 +304,17 @@ mod tests {
         let overlay = overlay(network, overlay_if).unwrap().0;
         let host = host(network, host_if, overlay).unwrap().0;
         assert_eq!((overlay.name.as_str(), host.name.as_str()), expected);
+    }
+
+    #[test]
+    fn swapped_connections_need_an_address_that_leads_to_other_hosts() {
+        let network = flannel();
+        let [lo, eth0, overlay, tunl0] = [0, 1, 2, 3].map(|index| &network.links[index]);
+        assert_eq!(address_of(eth0, overlay).ok(), Some("192.0.2.1".parse().unwrap()));
+        for (wrong, reason) in [(lo, "other host"), (overlay, "overlay's own"), (tunl0, "no IPv4 address")] {
+            let error = address_of(wrong, overlay).unwrap_err().to_string();
+            assert!(error.contains(&wrong.name) && error.contains(reason), "{error}");
+        }
     }
 
     #[test]
