@@ -35,7 +35,6 @@ mod workload;
 use std::{io::Write, net::IpAddr, os::fd::AsFd, process::ExitCode};
 
 use anyhow::{Context, Result, bail};
-use clap::Parser;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::sync::{mpsc, watch};
 
@@ -64,7 +63,7 @@ const READINGS: usize = 4;
 
 /// The program, from its command line to its end.
 pub fn main() -> ExitCode {
-    let arguments = match Arguments::try_parse() {
+    let arguments = match settings::parse() {
         Ok(arguments) => arguments,
         Err(error) => {
             let _ = error.print();

@@ -2,11 +2,12 @@
 //! The command line and the environment. Each setting is a flag and a variable of the same name; the flag wins.
 
 use std::{
+    ffi::OsStr,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
 };
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, builder::Resettable};
 use forwarder_api::ConnId;
 use log::LevelFilter;
 
@@ -33,7 +34,7 @@ pub struct Arguments {
 pub enum Command {
     /// Run the router (the default).
     Run(Settings),
-    /// Is the router up, which tracing does it use, how many connections are swapped, how many refused and why.
+    /// Is the router up, are its forwarder and its peers reached, how many connections are swapped, how many refused and why.
     Status(Question),
     /// The connections that the router knows: path, age, bytes, pause of the swap, reason if refused.
     Flows {
@@ -114,8 +115,7 @@ pub struct Settings {
     pub host_if: String,
 
     /// TCP port on which routers speak to each other, the same on all hosts.
-    #[arg(long, env = "ROUTER_PORT", default_value_t = 1234, value_name = "PORT",
-          value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, env = "ROUTER_PORT", default_value_t = 1234, value_name = "PORT", value_parser = port)]
     pub router_port: u16,
 
     /// How much to log: ERROR, WARNING, INFO or DEBUG.
@@ -165,8 +165,7 @@ pub struct Settings {
     pub leave: bool,
 
     /// How long an application may stand still in one swap, milliseconds.
-    #[arg(long, env = "FREEZE_BUDGET_MS", default_value_t = 100, value_name = "MS",
-          value_parser = clap::value_parser!(u32).range(1..=1000))]
+    #[arg(long, env = "FREEZE_BUDGET_MS", default_value_t = 100, value_name = "MS", value_parser = freeze_budget)]
     pub freeze_budget_ms: u32,
 
     #[command(flatten)]
@@ -179,6 +178,30 @@ pub struct Settings {
     pub confinement: SeccompSettings,
     #[command(flatten)]
     pub encryption: EncryptionSettings,
+}
+
+/// The command line and the environment of this process.
+pub fn parse() -> Result<Arguments, clap::Error> {
+    let mut matches = without_empty_variables(Arguments::command()).try_get_matches()?;
+    Arguments::from_arg_matches_mut(&mut matches)
+}
+
+/// A variable that is set to nothing counts as not set: manifests and files of units have such.
+fn without_empty_variables(command: clap::Command) -> clap::Command {
+    let is_empty = |name: &OsStr| std::env::var_os(name).is_some_and(|value| value.is_empty());
+    command
+        .mut_args(|arg| if arg.get_env().is_some_and(is_empty) { arg.env(Resettable::Reset) } else { arg })
+        .mut_subcommands(without_empty_variables)
+}
+
+fn port(text: &str) -> Result<u16, String> {
+    let port = text.parse().ok().filter(|port| *port > 0);
+    port.ok_or_else(|| "expected a port, 1 to 65535".into())
+}
+
+fn freeze_budget(text: &str) -> Result<u32, String> {
+    let budget = text.parse().ok().filter(|budget| (1..=1000).contains(budget));
+    budget.ok_or_else(|| "expected a number of milliseconds, 1 to 1000".into())
 }
 
 /// Where the router shows what it does.
@@ -257,8 +280,6 @@ pub fn cgroup2_mount() -> Option<PathBuf> {
 
 #[cfg(test)]
 mod tests {
-    use clap::{CommandFactory, Parser};
-
     use super::*;
 
     #[test]
@@ -301,9 +322,17 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_log_level_is_named_with_what_is_expected() {
-        let Err(error) = Arguments::try_parse_from(["router", "--loglevel", "LOUD"]) else { panic!() };
-        let error = error.to_string();
-        assert!(error.contains("LOUD") && error.contains("expected ERROR"), "{error}");
+    fn a_wrong_value_is_named_with_what_is_expected() {
+        for (flag, value, expected) in [
+            ("--loglevel", "LOUD", "expected ERROR"),
+            ("--router-port", "http", "expected a port, 1 to 65535"),
+            ("--router-port", "0", "expected a port, 1 to 65535"),
+            ("--freeze-budget-ms", "100ms", "expected a number of milliseconds, 1 to 1000"),
+            ("--freeze-budget-ms", "5000", "expected a number of milliseconds, 1 to 1000"),
+        ] {
+            let Err(error) = Arguments::try_parse_from(["router", flag, value]) else { panic!("{value}") };
+            let error = error.to_string();
+            assert!([flag, value, expected].iter().all(|word| error.contains(word)), "{error}");
+        }
     }
 }

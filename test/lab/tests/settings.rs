@@ -137,3 +137,13 @@ fn a_look_at_the_host_does_not_disturb_a_router_that_runs() -> Result<()> {
     ensure!(!lab.h1.router_log().contains("the forwarder is lost"), "{}", lab.h1.router_log());
     Ok(())
 }
+
+#[test]
+fn a_variable_that_is_empty_counts_as_not_set() -> Result<()> {
+    let lab = Lab::new("empty-variables")?;
+    lab.h1.start_forwarder()?;
+    let empty =
+        ["ROUTER_PORT", "ROUTER_METRICS", "ROUTER_LABELS", "ROUTER_PEERS", "KUBECONFIG", "FREEZE_BUDGET_MS"];
+    let options = empty.iter().fold(RouterOptions::default(), |options, name| options.with(name, ""));
+    lab.h1.start_router(&options)
+}
