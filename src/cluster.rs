@@ -76,8 +76,8 @@ enum Way<'a> {
 
 #[derive(Debug, thiserror::Error)]
 pub enum ClusterError {
-    #[error("KUBECONFIG={path}: {source}; give the path of a kubeconfig that `kubectl --kubeconfig` takes", path = path.display())]
-    Kubeconfig { path: PathBuf, source: KubeconfigError },
+    #[error("KUBECONFIG={path}: {reason}; give the path of a kubeconfig that `kubectl --kubeconfig` takes", path = path.display())]
+    Kubeconfig { path: PathBuf, reason: String },
     #[error(
         "KUBECONFIG={path}: its user authenticates by the program {program}, and the router starts none; give a kubeconfig \
          with a token, a token file or a client certificate", path = path.display()
@@ -157,7 +157,11 @@ impl ClusterSettings {
 }
 
 async fn from_file(path: &Path) -> Result<Config, ClusterError> {
-    let wrong = |source| ClusterError::Kubeconfig { path: path.to_owned(), source };
+    // Below its first line, what is wrong with the text is followed by the text, which may hold a token.
+    let wrong = |error: KubeconfigError| {
+        let reason = error.to_string().lines().next().unwrap_or_default().to_owned();
+        ClusterError::Kubeconfig { path: path.to_owned(), reason }
+    };
     let file = Kubeconfig::read_from(path).map_err(wrong)?;
     let config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.map_err(wrong)?;
     match program(&config.auth_info) {

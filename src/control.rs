@@ -43,9 +43,11 @@ pub enum Moved {
 pub enum ControlError {
     #[error("{path}: {source}; is a router running, and is this its --control?", path = path.display())]
     Unreachable { path: PathBuf, source: io::Error },
+    #[error("{path}: {source}; only root may ask the router: run this as root", path = path.display())]
+    Forbidden { path: PathBuf, source: io::Error },
     #[error("{path}: another router answers there: stop it, or give another --control", path = path.display())]
     InUse { path: PathBuf },
-    #[error("{path}: cannot be listened on: {source}", path = path.display())]
+    #[error("{path}: cannot be listened on: {source}; give another --control", path = path.display())]
     Listen { path: PathBuf, source: io::Error },
     #[error("{path}: the router's answer cannot be read: {source}; are both of the same release?", path = path.display())]
     Answer { path: PathBuf, source: serde_json::Error },
@@ -141,7 +143,10 @@ pub async fn asked<T>(
 
 /// Ask the router at `path`.
 pub fn ask<T: DeserializeOwned>(path: &Path, question: &Question) -> Result<T, ControlError> {
-    let unreachable = |source| ControlError::Unreachable { path: path.to_owned(), source };
+    let unreachable = |source: io::Error| match source.kind() {
+        io::ErrorKind::PermissionDenied => ControlError::Forbidden { path: path.to_owned(), source },
+        _ => ControlError::Unreachable { path: path.to_owned(), source },
+    };
     let mut stream = StdUnixStream::connect(path).map_err(unreachable)?;
     let request = serde_json::to_vec(question).map_err(|error| unreachable(error.into()))?;
     stream.write_all(&request).map_err(unreachable)?;

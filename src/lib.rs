@@ -34,7 +34,7 @@ mod workload;
 
 use std::{io::Write, net::IpAddr, os::fd::AsFd, process::ExitCode};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::sync::{mpsc, watch};
 
@@ -155,8 +155,11 @@ async fn run(settings: Settings) -> Result<()> {
     log::info!("interfaces: {}", interfaces.found);
     let pods = cluster.as_ref().map(|cluster| cluster.pods.clone()).unwrap_or_default();
     let peers = Peers::load(settings.peers.as_deref(), pods, netlink.clone())?;
-    let listener = coordinator::listen(settings.router_port).with_context(|| {
-        format!("ROUTER_PORT={}: cannot be listened on; is another router running?", settings.router_port)
+    let listener = coordinator::listen(settings.router_port).map_err(|error| {
+        anyhow!(
+            "ROUTER_PORT={}: cannot be listened on: {error}; is another router running? If not, give all routers a port that is free",
+            settings.router_port
+        )
     })?;
     let control = ControlSocket::open(&settings.control)?;
     let (wishes, from_control) = mpsc::channel(WISHES);

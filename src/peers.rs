@@ -24,7 +24,7 @@ pub use file::StaticPeers;
 
 #[derive(Debug, thiserror::Error)]
 pub enum PeerError {
-    #[error("{path}: cannot be read: {source}", path = path.display())]
+    #[error("ROUTER_PEERS={path}: cannot be read: {source}; give the path of a file that says which host holds what", path = path.display())]
     Unreadable { path: PathBuf, source: std::io::Error },
     #[error("{path}: {source}; expected a list `peers` of entries with overlay (an address range) and host (an address)", path = path.display())]
     Malformed { path: PathBuf, source: serde_yaml::Error },

@@ -56,7 +56,11 @@ pub enum Kind {
 /// Why rules could not be read. The message is one line, for the operator.
 #[derive(Debug, thiserror::Error)]
 pub enum RuleError {
-    #[error("{path}: cannot be read: {source}", path = path.display())]
+    #[error(
+        "{path}: cannot be read: {source}; expected a directory with one file a rule, or a ConfigMap's manifest: give it with \
+         --rules (ROUTER_RULES)",
+        path = path.display()
+    )]
     Unreadable { path: PathBuf, source: std::io::Error },
     #[error("{path}: not a ConfigMap manifest: {reason}", path = path.display())]
     Manifest { path: PathBuf, reason: String },

@@ -109,8 +109,11 @@ pub fn manifest(path: &Path, text: &str) -> Result<Vec<Rule>, RuleError> {
     };
     let mut rules = Vec::new();
     for (key, value) in data {
-        let (Some(key), Some(value)) = (key.as_str(), value.as_str()) else {
-            return Err(wrong(format!("data.{key:?}: expected text, `{key:?}: |` and a rule under it")));
+        let Some(key) = key.as_str() else {
+            return Err(wrong("data has a key that is no text: expected the name of a rule".into()));
+        };
+        let Some(value) = value.as_str() else {
+            return Err(wrong(format!("data.{key}: expected text, `{key}: |` and a rule under it")));
         };
         let kind = parse::rule(value).map_err(|wrong| RuleError::Rule {
             place: path.display().to_string(),

@@ -53,6 +53,8 @@ pub enum PkiError {
     File { path: PathBuf, source: io::Error },
     #[error("{path}: {source}; was it made by `router pki init`?", path = path.display())]
     Authority { path: PathBuf, source: rcgen::Error },
+    #[error("{path}: {source}; expected an authority there, as `router pki init` makes it", path = path.display())]
+    NoAuthority { path: PathBuf, source: io::Error },
     #[error("node name `{name}`: expected letters, digits, dots and dashes, and a letter or digit first")]
     Name { name: String },
     #[error("the certificate cannot be made: {0}")]
@@ -96,7 +98,7 @@ fn issue(directory: &Path, node: &str, addresses: &[IpAddr]) -> Result<String, P
     }
     let read = |name| {
         let path = directory.join(name);
-        std::fs::read_to_string(&path).map_err(|source| PkiError::File { path, source })
+        std::fs::read_to_string(&path).map_err(|source| PkiError::NoAuthority { path, source })
     };
     let (authority_pem, authority_key) = (read(AUTHORITY)?, read(AUTHORITY_KEY)?);
     let authority_key = KeyPair::from_pem(&authority_key)

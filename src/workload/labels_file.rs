@@ -12,7 +12,7 @@ use super::Workload;
 
 #[derive(Debug, thiserror::Error)]
 pub enum LabelError {
-    #[error("{path}: cannot be read: {source}", path = path.display())]
+    #[error("ROUTER_LABELS={path}: cannot be read: {source}; give the path of a file that gives containers labels", path = path.display())]
     Unreadable { path: PathBuf, source: std::io::Error },
     #[error("{path}: {source}; expected a list `containers` of entries with cgroup, pod, container, podLabels and containerLabels", path = path.display())]
     Malformed { path: PathBuf, source: serde_yaml::Error },
