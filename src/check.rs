@@ -2,13 +2,14 @@
 //! Does this host have what the router needs? [`probe`] looks, [`judge`] decides, `router check` and the start of the
 //! router show.
 
-use std::path::{Path, PathBuf};
+use std::{
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+};
 
 use crate::{
     cluster::{Access, CONFIG_MAP},
     conntrack::Conntrack,
-    control::{self, Question},
-    coordinator::Status,
     encryption,
     peers::{Interfaces, PeerError},
     rules::RuleSet,
@@ -114,15 +115,8 @@ pub async fn probe(settings: &Settings) -> Facts {
         rules,
         kubernetes,
         forwarder: settings.forwarder.clone(),
-        forwarder_answers: forwarder_answers(settings),
+        forwarder_answers: UnixStream::connect(&settings.forwarder).is_ok(),
     }
-}
-
-/// The forwarder takes whoever connects for its router, and leaves the one before: a router that runs is asked instead.
-fn forwarder_answers(settings: &Settings) -> bool {
-    let asked = control::ask(&settings.control, &Question::Status);
-    asked.is_ok_and(|status: Status| status.forwarder.is_some())
-        || std::os::unix::net::UnixStream::connect(&settings.forwarder).is_ok()
 }
 
 async fn interfaces(settings: &Settings) -> Result<Interfaces, PeerError> {

@@ -56,6 +56,10 @@ enum LinkError {
     Version { received: u32 },
     #[error("it said something else than Hello first")]
     NoHello,
+    #[error(
+        "it has closed the connection: it has ended, or another router has taken this one's place (its log says so)"
+    )]
+    Closed,
 }
 
 /// Keep in touch with the forwarder, for ever.
@@ -116,7 +120,10 @@ async fn listen(mut reader: Reader, events: &lanes::Sender<ForwarderEvent>) -> R
 
 async fn next(reader: &mut Reader) -> Result<Event, LinkError> {
     let mut head = [0; 4];
-    reader.read_exact(&mut head).await?;
+    reader.read_exact(&mut head).await.map_err(|error| match error.kind() {
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => LinkError::Closed,
+        _ => LinkError::Io(error),
+    })?;
     let mut body = vec![0; Frame::body_length(head)?];
     reader.read_exact(&mut body).await?;
     Ok(Frame::decode(&body)?)

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The unix socket: lets routers in, and reads their requests.
 //!
-//! One router at a time; a new one takes the place of the old one, whose prepared connections are given up and whose
-//! running transactions are cancelled (those past the point of no return go on to their end). What is parked stays.
+//! One router at a time; a new one that has said Hello takes the place of the old one, whose prepared connections are given
+//! up and whose running transactions are cancelled (those past the point of no return go on to their end). What is parked
+//! stays. Who only connects, to see whether somebody listens, takes nobody's place.
 //!
 //! Nothing that takes time runs on the thread that reads requests: a relayed message may be what a frozen process
 //! is waiting for.
@@ -42,10 +43,10 @@ pub enum SessionError {
     Version { received: u32 },
     #[error("the router said {received} before it said Hello")]
     NoHello { received: &'static str },
-    #[error("the other end of the socket is user {received}, user 0 or {own} expected")]
-    User { received: u32, own: u32 },
     #[error("no thread for its requests: {0}")]
     NoThread(#[source] io::Error),
+    #[error("the other end of the socket is user {received}, user 0 or {own} expected")]
+    User { received: u32, own: u32 },
 }
 
 /// How long a router that is stopped takes at most to bring every connection back.
@@ -64,8 +65,8 @@ pub fn serve(site: &Arc<Site>, current: &Current, listener: &UnixListener) -> io
     watch_parked(site, current)?;
     loop {
         let admitted = listener.accept().map_err(SessionError::from).and_then(|(stream, _)| {
-            may_connect(&stream)?;
-            admit(site, current, stream)
+            let pid = may_connect(&stream)?;
+            admit(site, current, stream, pid)
         });
         // Whatever it is, what is parked here needs a forwarder.
         if let Err(error) = admitted {
@@ -89,28 +90,23 @@ pub fn wait_for_router(site: &Site, current: &Current) {
     }
 }
 
-/// In the place of whoever was there.
-fn admit(site: &Arc<Site>, current: &Current, stream: UnixStream) -> Result<(), SessionError> {
-    let session = Session::start(site, stream.try_clone()?)?;
-    if let Some(previous) = locked(current).replace(Arc::clone(&session)) {
-        previous.end();
-    }
-    let reader = Arc::clone(&session);
-    let reading = thread::Builder::new().name("session".into()).spawn(move || {
-        log::info!("a router is connected");
-        match read_requests(&reader, &stream) {
-            Ok(()) => log::info!("the router is gone"),
-            Err(error) => log::warn!("the router's session is over: {error}"),
+/// On a thread of its own: until it has said Hello it is nobody.
+fn admit(site: &Arc<Site>, current: &Current, stream: UnixStream, pid: i32) -> Result<(), SessionError> {
+    let (site, current) = (Arc::clone(site), Arc::clone(current));
+    let serving = thread::Builder::new().name("session".into()).spawn(move || {
+        if let Err(error) = serve_router(&site, &current, &stream, pid) {
+            log::warn!("the session of a router (process {pid}) is over: {error}");
         }
-        reader.end();
     });
-    reading.map(drop).map_err(|error| {
-        session.end();
-        SessionError::NoThread(error)
-    })
+    serving.map(drop).map_err(SessionError::NoThread)
 }
 
-fn read_requests(session: &Arc<Session>, stream: &UnixStream) -> Result<(), SessionError> {
+fn serve_router(
+    site: &Arc<Site>,
+    current: &Current,
+    stream: &UnixStream,
+    pid: i32,
+) -> Result<(), SessionError> {
     let mut reader = Reader::new(stream);
     match reader.next::<Request>()? {
         Some(Request::Hello { version: VERSION }) => {}
@@ -118,7 +114,27 @@ fn read_requests(session: &Arc<Session>, stream: &UnixStream) -> Result<(), Sess
         Some(_) => return Err(SessionError::NoHello { received: "something else" }),
         None => return Ok(()),
     }
+    let session = Session::start(site, stream.try_clone()?)?;
+    // In the place of whoever was there.
+    if let Some(previous) = locked(current).replace(Arc::clone(&session)) {
+        if previous.is_open() {
+            log::warn!(
+                "process {pid} takes the place of a router that is still connected: only one can be served"
+            );
+        }
+        previous.end();
+    }
+    log::info!("a router (process {pid}) is connected");
     session.send(&Event::Hello { version: VERSION, pid: std::process::id() });
+    let result = read_requests(&session, &mut reader);
+    session.end();
+    if result.is_ok() {
+        log::info!("the router (process {pid}) is gone");
+    }
+    result
+}
+
+fn read_requests(session: &Arc<Session>, reader: &mut Reader<'_>) -> Result<(), SessionError> {
     while let Some(request) = reader.next::<Request>()? {
         let count = request.fds(session.direction_of(&request));
         match reader.take_fds(count) {
@@ -131,10 +147,15 @@ fn read_requests(session: &Arc<Session>, stream: &UnixStream) -> Result<(), Sess
 
 /// Only root and our own user may tell us what to do: the effective user of the other end when it connected, as the
 /// kernel noted it (SO_PEERCRED, unix(7)), in the terms of our user namespace. The root of another one is not root here.
-fn may_connect(stream: &UnixStream) -> Result<(), SessionError> {
+/// Gives its process id, 0 where that is of another PID namespace.
+fn may_connect(stream: &UnixStream) -> Result<i32, SessionError> {
     let credentials: UnixCredentials = getsockopt(stream, PeerCredentials).map_err(io::Error::from)?;
     let (received, own) = (credentials.uid(), nix::unistd::geteuid().as_raw());
-    if received == 0 || received == own { Ok(()) } else { Err(SessionError::User { received, own }) }
+    if received == 0 || received == own {
+        Ok(credentials.pid())
+    } else {
+        Err(SessionError::User { received, own })
+    }
 }
 
 /// Release parked sockets whose connection has ended, and tell the router.

@@ -3,8 +3,8 @@
 
 use std::{process::Command, time::Duration};
 
-use anyhow::{Result, ensure};
-use lab::{Finished, Lab, RouterOptions, program};
+use anyhow::{Context, Result, ensure};
+use lab::{DEADLINE, Finished, Lab, RouterOptions, program, wait_for};
 
 /// Starts a router on h1 that must not stay, and looks for `words` in its one line.
 fn check(test: &str, options: impl FnOnce(&Lab) -> Result<RouterOptions>, words: &[&str]) -> Result<()> {
@@ -136,6 +136,39 @@ fn a_look_at_the_host_does_not_disturb_a_router_that_runs() -> Result<()> {
     lab.h1.ask(&["flows"])?;
     ensure!(!lab.h1.router_log().contains("the forwarder is lost"), "{}", lab.h1.router_log());
     Ok(())
+}
+
+#[test]
+fn a_second_forwarder_is_refused_and_does_not_disturb_the_router() -> Result<()> {
+    let lab = Lab::new("second-forwarder")?;
+    lab.h1.start_forwarder()?;
+    lab.h1.start_router(&RouterOptions::default())?;
+    lab.h1.wait_for_status("the forwarder is reached", |status| status.forwarder.is_some())?;
+    let second = lab.h1.spawn_forwarder()?.wait(Duration::from_secs(15))?;
+    check_one_error(&second, &["another forwarder listens on", "forwarder.sock", "--socket"])?;
+    lab.h1.ask(&["flows"])?;
+    ensure!(!lab.h1.router_log().contains("the forwarder is lost"), "{}", lab.h1.router_log());
+    Ok(())
+}
+
+#[test]
+fn routers_that_take_a_forwarder_from_each_other_are_told_so() -> Result<()> {
+    let lab = Lab::new("two-routers")?;
+    lab.h1.start_forwarder()?;
+    lab.h1.start_router(&RouterOptions::default())?;
+    lab.h1.wait_for_status("the forwarder is reached", |status| status.forwarder.is_some())?;
+    let own = |name: &str| lab.h1.place().directory.join(name).to_string_lossy().into_owned();
+    let second = RouterOptions::default()
+        .with("ROUTER_PORT", "1235")
+        .with("ROUTER_CONTROL", &own("second.sock"))
+        .with("ROUTER_PINS", &own("bpf/second"));
+    let second = lab.h1.spawn_router(&second)?;
+    wait_for("both to be told", DEADLINE, || {
+        let told = lab.h1.router_log().contains("another router has taken this one's place")
+            && lab.h1.forwarder_log().contains(&format!("process {} takes the place", second.pid()));
+        Ok(told.then_some(()))
+    })
+    .with_context(|| lab.h1.forwarder_log())
 }
 
 #[test]
