@@ -11,11 +11,11 @@ use crate::{
     cluster::{Access, CONFIG_MAP},
     conntrack::Conntrack,
     encryption,
-    peers::{Interfaces, PeerError},
+    peers::{Interfaces, PeerError, StaticPeers},
     rules::RuleSet,
     settings::Settings,
     trust::Tls,
-    workload::Runtimes,
+    workload::{LabelsFile, Runtimes},
 };
 
 const BTF: &str = "/sys/kernel/btf/vmlinux";
@@ -42,6 +42,9 @@ pub struct Facts {
     pub tls: Tls,
     /// Container runtimes that are here: the name of each, or why it does not answer.
     pub runtimes: Vec<Result<String, String>>,
+    /// What ROUTER_LABELS and ROUTER_PEERS say; None: they are not given.
+    pub labels: Option<Result<(), String>>,
+    pub peers: Option<Result<(), String>>,
     /// How many, or where from.
     pub rules: Result<String, String>,
     /// The API server, and whether it answers; None: none is asked.
@@ -112,11 +115,17 @@ pub async fn probe(settings: &Settings) -> Facts {
         pins_on_bpffs: existing.is_some_and(|path| kind_of(path) == Some(nix::sys::statfs::BPF_FS_MAGIC)),
         tls: Tls::look(&settings.trust, host_address),
         runtimes: runtimes(settings).await,
+        labels: settings.workloads.labels.as_deref().map(|path| reads(LabelsFile::load(path))),
+        peers: settings.peers.as_deref().map(|path| reads(StaticPeers::load(path))),
         rules,
         kubernetes,
         forwarder: settings.forwarder.clone(),
         forwarder_answers: UnixStream::connect(&settings.forwarder).is_ok(),
     }
+}
+
+fn reads<T, E: ToString>(file: Result<T, E>) -> Result<(), String> {
+    file.map(drop).map_err(|error| error.to_string())
 }
 
 async fn interfaces(settings: &Settings) -> Result<Interfaces, PeerError> {
@@ -246,6 +255,8 @@ pub fn judge(facts: &Facts) -> Vec<Line> {
             ),
         ),
         line("runtime", runtime(&facts.runtimes)),
+        line("labels", file(&facts.labels, "the runtime alone has labels")),
+        line("peers", file(&facts.peers, "Kubernetes, routes and forwarding entries tell where they are")),
         line(
             "tls",
             match &facts.tls {
@@ -278,6 +289,14 @@ pub fn judge(facts: &Facts) -> Vec<Line> {
             },
         ),
     ]
+}
+
+fn file(found: &Option<Result<(), String>>, otherwise: &str) -> Finding {
+    match found {
+        None => Finding::Ok(format!("no file given: {otherwise}")),
+        Some(Ok(())) => Finding::Ok("the file can be read".into()),
+        Some(Err(error)) => Finding::Missing(error.clone()),
+    }
 }
 
 /// Rules without labels need none.
@@ -335,6 +354,8 @@ mod tests {
             pins_on_bpffs: true,
             tls: Tls::Good("192.0.2.1 until 2030-01-01T00:00:00Z".into()),
             runtimes: vec![Ok("containerd 1.6.20 at /run/containerd/containerd.sock".into())],
+            labels: None,
+            peers: Some(Ok(())),
             rules: Ok("2 in /etc/rules".into()),
             kubernetes: None,
             forwarder: "/run/ebpf-router/forwarder.sock".into(),
@@ -363,6 +384,8 @@ mod tests {
         check(|facts| facts.scope_is_cgroup2 = false, "--cgroup");
         check(|facts| facts.scope_holds_us = false, "does not hold the router");
         check(|facts| facts.pins_on_bpffs = false, "mount -t bpf");
+        check(|facts| facts.labels = Some(Err("ROUTER_LABELS=x".into())), "ROUTER_LABELS=x");
+        check(|facts| facts.peers = Some(Err("ROUTER_PEERS=x".into())), "ROUTER_PEERS=x");
         check(|facts| facts.rules = Err("rules:3: rule r".into()), "rules:3");
         check(|facts| facts.tls = Tls::Unusable("tls.crt: cannot be read".into()), "tls.crt");
     }
