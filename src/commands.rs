@@ -3,12 +3,17 @@
 
 mod explain;
 
-use std::{fmt::Write, path::Path};
+use std::{
+    fmt::Write as _,
+    io::{self, Write as _},
+    path::Path,
+};
 
 pub use explain::{Asked, explain};
 
 use anyhow::{Result, bail};
 use forwarder_api::ConnId;
+use serde::Serialize;
 
 use crate::{
     control::{self, ControlError, Moved, Question},
@@ -18,40 +23,35 @@ use crate::{
     units::{age, bytes},
 };
 
+/// On standard output. Nobody may take it: that ends the program, and is no panic.
+pub fn show(text: &str) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(text.as_bytes())?;
+    stdout.flush()
+}
+
+fn show_json(value: &impl Serialize) -> Result<()> {
+    Ok(show(&format!("{}\n", serde_json::to_string_pretty(value)?))?)
+}
+
 pub fn status(question: &settings::Question) -> Result<()> {
     let status: Status = control::ask(&question.control.path, &Question::Status)?;
-    if question.json {
-        println!("{}", serde_json::to_string_pretty(&status)?);
-    } else {
-        print!("{}", status_text(&status));
-    }
-    Ok(())
+    if question.json { show_json(&status) } else { Ok(show(&status_text(&status))?) }
 }
 
 pub fn flows(question: &settings::Question) -> Result<()> {
     let flows = ask_flows(&question.control.path)?;
-    if question.json {
-        println!("{}", serde_json::to_string_pretty(&flows)?);
-    } else {
-        print!("{}", flows_text(&flows));
-    }
-    Ok(())
+    if question.json { show_json(&flows) } else { Ok(show(&flows_text(&flows))?) }
 }
 
 pub fn peers(question: &settings::Question) -> Result<()> {
     let peers: Vec<PeerView> = control::ask(&question.control.path, &Question::Peers)?;
-    if question.json {
-        println!("{}", serde_json::to_string_pretty(&peers)?);
-    } else {
-        print!("{}", peers_text(&peers));
-    }
-    Ok(())
+    if question.json { show_json(&peers) } else { Ok(show(&peers_text(&peers))?) }
 }
 
 pub fn leave(control: &Path) -> Result<()> {
     let seconds: u64 = control::ask(control, &Question::Leave)?;
-    println!("a stop within {seconds} s leaves connections on the host network");
-    Ok(())
+    Ok(show(&format!("a stop within {seconds} s leaves connections on the host network\n"))?)
 }
 
 pub fn swap(conn: ConnId, control: &Path) -> Result<()> {
@@ -66,6 +66,9 @@ pub fn swap_back(conn: Option<Conn>, control: &Path) -> Result<()> {
     let mut conns: Vec<String> = swapped.map(|flow| flow.conn).collect();
     conns.sort();
     conns.dedup();
+    if conns.is_empty() {
+        return Ok(show("no connection is on the host network\n")?);
+    }
     // All at once: each waits for its peer, not for the others.
     let results: Vec<Result<()>> = std::thread::scope(|scope| {
         let ask = |name: String| {
@@ -94,8 +97,9 @@ fn ask_flows(control: &Path) -> Result<Vec<FlowView>, ControlError> {
 fn report(conn: ConnId, to: &str, moved: &Moved) -> Result<()> {
     match moved {
         Moved::Done { pause_us } => {
-            println!("{conn} is on {to}, pause {pause_us} us");
-            Ok(())
+            // Nothing stood still, or it was not measured here: on a way back, and where it was there already.
+            let pause = if *pause_us == 0 { String::new() } else { format!(", pause {pause_us} us") };
+            Ok(show(&format!("{conn} is on {to}{pause}\n"))?)
         }
         Moved::Refused(reason) => bail!("{conn} was not moved to {to}: {reason} ({})", reason.label()),
     }

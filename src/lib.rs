@@ -32,7 +32,12 @@ pub mod untrusted;
 mod web;
 mod workload;
 
-use std::{io::Write, net::IpAddr, os::fd::AsFd, process::ExitCode};
+use std::{
+    io::{self, Write},
+    net::IpAddr,
+    os::fd::AsFd,
+    process::ExitCode,
+};
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -72,12 +77,18 @@ pub fn main() -> ExitCode {
     };
     match obey(arguments) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if is_end_of_reader(&error) => ExitCode::SUCCESS,
         Err(error) => {
             // Not to panic where nobody takes it, as on a full disk.
             let _ = writeln!(std::io::stderr(), "error: {}", in_one_line(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// As of `router flows | head`: it has read what it wanted.
+fn is_end_of_reader(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
 /// Many errors tell their cause by themselves: it is said once.
@@ -101,7 +112,7 @@ fn obey(arguments: Arguments) -> Result<()> {
         Command::Peers(question) => commands::peers(&question),
         Command::Leave(control) => commands::leave(&control.path),
         Command::Swap { conn, control } => commands::swap(conn.0, &control.path),
-        Command::Pki(command) => Ok(trust::pki::obey(&command)?),
+        Command::Pki(command) => Ok(commands::show(&format!("{}\n", trust::pki::obey(&command)?))?),
         Command::SwapBack { conn, control, .. } => commands::swap_back(conn, &control.path),
     }
 }
@@ -196,7 +207,7 @@ async fn run(settings: Settings) -> Result<()> {
 async fn check(settings: Settings) -> Result<()> {
     let lines = check::judge(&check::probe(&settings).await);
     for line in &lines {
-        println!("{line}");
+        commands::show(&format!("{line}\n"))?;
     }
     match check::obstacle(&lines) {
         None => Ok(()),
@@ -227,7 +238,7 @@ async fn print_traced(settings: Settings) -> Result<()> {
                 let verb = if seen.side == Side::Client { "connect" } else { "accept " };
                 let process = processes.find(seen.cgroup_id, seen.netns)?;
                 let workload = process.map(|tgid| workloads.of_process(tgid)).transpose()?.unwrap_or_default();
-                println!("{verb} {} - {} by {}", seen.local, seen.remote, workload.name);
+                commands::show(&format!("{verb} {} - {} by {}\n", seen.local, seen.remote, workload.name))?;
             },
             Some(said) = told.recv() => workloads.learn(said),
             _ = &mut interrupted => return Ok(()),

@@ -48,10 +48,10 @@ pub fn explain(Asked(subject): Asked, json: bool, control: &Path) -> Result<()> 
     };
     let explained: Vec<Explanation> = control::ask(control, &Question::Explain(subject.clone()))?;
     if json {
-        println!("{}", serde_json::to_string_pretty(&explained)?);
+        super::show_json(&explained)?;
     } else {
         let texts: Vec<String> = explained.iter().map(text).collect();
-        print!("{}", texts.join("\n"));
+        super::show(&texts.join("\n"))?;
     }
     match subject {
         _ if !explained.is_empty() => Ok(()),

@@ -63,17 +63,15 @@ pub enum PkiError {
     Useless(#[from] TrustError),
 }
 
-pub fn obey(command: &PkiCommand) -> Result<(), PkiError> {
+/// Says what was made.
+pub fn obey(command: &PkiCommand) -> Result<String, PkiError> {
     match command {
         PkiCommand::Init { directory } => {
             init(directory)?;
-            println!("{}: issue certificates of nodes with `router pki issue`", directory.display());
+            Ok(format!("{}: issue certificates of nodes with `router pki issue`", directory.display()))
         }
-        PkiCommand::Issue { directory, node, addresses } => {
-            println!("{}", issue(directory, node, addresses)?);
-        }
+        PkiCommand::Issue { directory, node, addresses } => issue(directory, node, addresses),
     }
-    Ok(())
 }
 
 fn init(directory: &Path) -> Result<(), PkiError> {

@@ -180,3 +180,14 @@ fn a_variable_that_is_empty_counts_as_not_set() -> Result<()> {
     let options = empty.iter().fold(RouterOptions::default(), |options, name| options.with(name, ""));
     lab.h1.start_router(&options)
 }
+
+#[test]
+fn what_cannot_be_printed_is_an_error_and_no_panic() -> Result<()> {
+    let lab = Lab::new("full-disk")?;
+    let mut command = Command::new("sh");
+    command.args(["-c", "exec \"$0\" check >/dev/full"]).arg(program("router")?).envs(lab.h1.environment());
+    let end = lab.h1.place().spawn("full", &mut command)?.wait(Duration::from_secs(15))?;
+    check_one_error(&end, &["No space left on device"])?;
+    ensure!(!end.stderr.contains("panicked"), "{end:?}");
+    Ok(())
+}
