@@ -63,7 +63,7 @@ struct Arguments {
     socket: PathBuf,
 
     /// How much to log: ERROR, WARNING, INFO or DEBUG.
-    #[arg(long, env = "FORWARDER_LOGLEVEL", default_value = "INFO", value_name = "LEVEL", value_parser = log_level)]
+    #[arg(long = "loglevel", env = "FORWARDER_LOGLEVEL", default_value = "INFO", value_name = "LEVEL", value_parser = log_level)]
     log_level: log::LevelFilter,
 
     /// How lines of the log look: text, or json (one object a line).
@@ -134,8 +134,13 @@ fn run(arguments: &Arguments) -> Result<()> {
         .with_context(|| format!("removing {}", arguments.socket.display()))
 }
 
+const BTF: &str = "/sys/kernel/btf/vmlinux";
+
 /// What this host and our privileges must offer.
 fn probe() -> Result<()> {
+    if !Path::new(BTF).exists() {
+        bail!("{BTF} does not exist: run a kernel built with CONFIG_DEBUG_INFO_BTF=y");
+    }
     if foothold::room().is_none() {
         bail!(
             "this kernel's vDSO leaves less than {} bytes free at its end: nothing can be injected",
