@@ -54,6 +54,7 @@ fi
 if [[ " $* " == *" deploy "* ]]; then
     command -v kubectl >/dev/null || packages+=(kubernetes-client)           # kustomize
     packages+=(
+        dpkg-dev                                                               # what the package depends on
         golang-go golang-github-masterminds-sprig-dev golang-gopkg-yaml.v3-dev # the chart
         python3-jsonschema python3-yaml
     )
