@@ -2,7 +2,7 @@
 //! Which capabilities router and forwarder need and what for, and how they give up all others when they start.
 //!
 //! These tables are the only place where that is written: the manifests and units in `deploy/` are compared with them
-//! by `test/lab/tests/deploy.rs`.
+//! by `test/lab/tests/privileges.rs`.
 
 use std::collections::HashSet;
 
