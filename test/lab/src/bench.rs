@@ -60,8 +60,10 @@ pub struct Key {
     /// What it shows, for a heading.
     pub title: &'static str,
     pub rules: Rules,
-    /// At least.
     pub rounds: u32,
+    /// So many, at most, of what has a target, until it is decided whether that is met. Six are the least that can decide
+    /// with 95 % confidence.
+    pub most_rounds: u32,
     /// What is run, after whatever must be prepared.
     pub parts: fn(&Setting) -> Result<Vec<Part>>,
     /// A connection that is older than the routers, second by second.
@@ -138,9 +140,6 @@ static KEYS: [&Key; 12] = [
     &cost::KEY,
 ];
 
-/// So many times as many rounds, at most, for what has a target and is not decided.
-const PATIENCE: u32 = 4;
-
 /// All that a key gave.
 pub struct Report {
     pub key: &'static Key,
@@ -210,7 +209,7 @@ fn measure(key: &'static Key, options: &Options) -> Result<Report> {
     let file = |suffix: &str| options.results.join(format!("{}.{suffix}", key.name));
     let setting = Setting::new(key, options.rules.as_deref(), &file("log"), false)?;
     let rounds = options.rounds.unwrap_or(key.rounds);
-    let most = options.rounds.unwrap_or(PATIENCE * key.rounds);
+    let most = options.rounds.unwrap_or(key.most_rounds);
     let mut rows: Vec<Row> = Vec::new();
     for part in (key.parts)(&setting)? {
         let first = rows.len();

@@ -11,6 +11,7 @@ pub static KEY: Key = Key {
     title: "what a router costs those whose connections no rule matches",
     rules: Rules::ForNobody,
     rounds: 7,
+    most_rounds: 21,
     parts,
     live: None,
 };

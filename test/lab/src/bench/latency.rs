@@ -13,6 +13,7 @@ pub static KEY: Key = Key {
     title: "how long a message takes, one way (half a round trip)",
     rules: ALL_PODS,
     rounds: 5,
+    most_rounds: 15,
     parts,
     live: None,
 };

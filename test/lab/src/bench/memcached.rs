@@ -11,6 +11,7 @@ pub static KEY: Key = Key {
     title: "gets and sets of 16 connections (90 % and 10 %, values of 1 KiB)",
     rules: ALL_PODS,
     rounds: 3,
+    most_rounds: 3,
     parts,
     live: None,
 };

@@ -12,6 +12,7 @@ pub static LATENCY: Key = Key {
     title: "how long a message of MPI takes, one way (OpenMPI, NetPIPE)",
     rules: ALL_PODS,
     rounds: 3,
+    most_rounds: 3,
     parts: latency,
     live: None,
 };
@@ -21,6 +22,7 @@ pub static BANDWIDTH: Key = Key {
     title: "how much goes through between two ranks of MPI (OpenMPI, NetPIPE)",
     rules: ALL_PODS,
     rounds: 3,
+    most_rounds: 3,
     parts: bandwidth,
     live: None,
 };
@@ -30,6 +32,7 @@ pub static ALL_TO_ALL: Key = Key {
     title: "an exchange of all with all, 2 ranks on each host (OpenMPI)",
     rules: ALL_PODS,
     rounds: 3,
+    most_rounds: 3,
     parts: all_to_all,
     live: None,
 };

@@ -17,6 +17,7 @@ pub static KEY: Key = Key {
     title: "how long an application stands still while its connections move",
     rules: ALL_PODS,
     rounds: 3,
+    most_rounds: 6,
     parts,
     live: None,
 };

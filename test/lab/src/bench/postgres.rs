@@ -16,6 +16,7 @@ pub static KEY: Key = Key {
     title: "transactions of 8 connections (pgbench)",
     rules: ALL_PODS,
     rounds: 3,
+    most_rounds: 3,
     parts,
     live: None,
 };

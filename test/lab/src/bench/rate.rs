@@ -20,6 +20,7 @@ pub static KEY: Key = Key {
     title: "requests per second, over new and over kept connections",
     rules: ALL_PODS,
     rounds: 7,
+    most_rounds: 21,
     parts,
     live: None,
 };

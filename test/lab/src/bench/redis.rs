@@ -13,6 +13,7 @@ pub static KEY: Key = Key {
     title: "requests of 50 connections, one at a time and pipelined",
     rules: ALL_PODS,
     rounds: 3,
+    most_rounds: 9,
     parts,
     live: None,
 };

@@ -17,6 +17,7 @@ pub static KEY: Key = Key {
     title: "many live connections: how fast they move, and what they cost while they are swapped",
     rules: ALL_PODS,
     rounds: 3,
+    most_rounds: 6,
     parts,
     live: None,
 };
