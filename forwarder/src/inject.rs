@@ -345,6 +345,23 @@ impl Block {
         Ok(done)
     }
 
+    /// The thread's stop, if it stands in one that nobody has seen. From one that was seen (an error before the gate, a look
+    /// too early) it goes on.
+    fn stop_by_itself(&self, tgid: Tgid) -> Option<Stop> {
+        if !self.is_stopped(tgid) {
+            return None;
+        }
+        let stop = stop_of(self.tid);
+        if stop.is_none() {
+            let _ = go_on(libc::PTRACE_CONT, self.tid, 0);
+        }
+        stop
+    }
+
+    fn is_stopped(&self, tgid: Tgid) -> bool {
+        matches!(process::state(tgid, self.tid), Ok(Some('t')))
+    }
+
     /// Until the thread waits for something, or for so long.
     fn let_run(&self, tgid: Tgid, time: Duration) {
         let began = Instant::now();
@@ -361,13 +378,20 @@ impl Block {
         let waited = self.foothold.at.0 + arch::waited_offset();
         let mut run = Duration::ZERO;
         loop {
-            // The thread may stand in a stop that was seen already (an error before the gate): let it run first. And
-            // really run: interrupted at once, it would stop again where it stands.
-            let _ = go_on(libc::PTRACE_CONT, self.tid, 0);
-            self.let_run(tgid, run);
-            run = (2 * run).clamp(STRIDE, LONGEST_STRIDE);
-            let _ = ptrace::interrupt(Pid::from_raw(self.tid.0));
-            match wait_for_stop(self.tid, deadline)? {
+            let stop = match self.stop_by_itself(tgid) {
+                Some(stop) => stop,
+                None => {
+                    // Really run: interrupted at once, it would stop again where it stands.
+                    self.let_run(tgid, run);
+                    run = (2 * run).clamp(STRIDE, LONGEST_STRIDE);
+                    // One that has stopped for a signal would stop once more when it goes on, each time, and get nowhere.
+                    if !self.is_stopped(tgid) {
+                        let _ = ptrace::interrupt(Pid::from_raw(self.tid.0));
+                    }
+                    wait_for_stop(self.tid, deadline)?
+                }
+            };
+            match stop {
                 Stop::Interrupted => {
                     let regs = read_regs(self.tid).map_err(|_| Refusal::HolderVanished)?;
                     if regs.rip == waited {

@@ -141,7 +141,7 @@ const STOPPED_AND_CONTINUED: Row = SHARING.row(
 /// They cannot be blocked, so that they also meet a thread that is replacing its sockets.
 #[test]
 fn a_process_that_is_stopped_and_continued_again_and_again_goes_on() -> Result<()> {
-    const TURNS: u32 = 30;
+    const TURNS: u32 = 100;
     let connection = Connection::enter(&"read".into())?;
     let (subject, over) = (&connection.subject, AtomicBool::new(false));
     let moved = std::thread::scope(|scope| {
