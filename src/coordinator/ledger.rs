@@ -28,7 +28,7 @@ use forwarder_api::{
 use super::{
     flow::{Attempt, Flow, FlowView, Home, Note, NotedEnd, OnHost, Order, Path, PeerSays},
     host_path::Family,
-    negotiation::{Input, Negotiation, Next, Output, Part},
+    negotiation::{Input, Negotiation, Next, Output, Part, State},
     tally::{Tally, Traffic},
     wire::{Attempted, Cause, Message, Rendezvous, Tuple},
 };

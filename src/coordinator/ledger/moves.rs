@@ -8,7 +8,7 @@ use forwarder_api::{
 use super::{
     Action, Attempt, Attempted, Cause, FIRST_RETRY, Flow, Home, Input, LAST_RETRY, Ledger, MAX_ATTEMPTS,
     Message, Names, Negotiation, Next, Note, ORDER_RETRY, OnHost, Output, Part, Path, PeerAddress, PeerSays,
-    STEP, Traffic, Tuple,
+    STEP, State, Traffic, Tuple,
 };
 
 impl Ledger {
@@ -271,11 +271,29 @@ impl Ledger {
             self.set_alarm(tuple, at);
         }
         // The other router has not heard of a refusal before the offer.
-        let unheard = attempt.negotiation.part == Part::Decider && !reason.is_passing();
-        let heard = self.flows.get(&tuple).map(|flow| (flow.home, flow.name()));
-        if unheard && let Some((Home::Peer(peer), name)) = heard {
-            let declined = Some(reason);
-            self.act(Action::Tell(peer, Message::Know { tuple: name, declined, answer: true }));
+        let Some(flow) = self.flows.get(&tuple) else { return };
+        let (conn, name) = (flow.conn, flow.name());
+        if let (Home::Peer(peer), Part::Decider) = (flow.home, attempt.negotiation.part) {
+            let message = if !reason.is_passing() {
+                Message::Know { tuple: name, declined: Some(reason), answer: true }
+            } else if ordered.is_some() && attempt.negotiation.state == State::Preparing {
+                Message::Cancel { attempted: Attempted { conn, number: attempt.number }, reason }
+            } else {
+                return;
+            };
+            self.act(Action::Tell(peer, message));
+        }
+    }
+
+    /// The decider could not even offer what was ordered here. Of a connection that was swapped before, both routers have the
+    /// same number.
+    pub(super) fn not_offered(&mut self, peer: PeerAddress, conn: ConnId, reason: Refusal) {
+        let flow = self.conns.get(&conn).and_then(|tuple| self.flows.get_mut(tuple));
+        if let Some(flow) = flow.filter(|flow| flow.home == Home::Peer(peer))
+            && flow.order.is_some()
+            && flow.attempt.is_none()
+        {
+            flow.reason = Some(reason);
         }
     }
 

@@ -115,6 +115,7 @@ impl Ledger {
             }
             Message::Begin { attempted } => self.step_peer(peer, attempted, Input::PeerBegins),
             Message::Cancel { attempted, reason } => {
+                self.not_offered(peer, attempted.conn, reason);
                 self.step_peer(peer, attempted, Input::PeerCancels(reason));
             }
             Message::Relay { attempted, message } => {

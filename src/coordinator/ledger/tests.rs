@@ -736,6 +736,15 @@ fn a_person_may_swap_a_connection_that_has_stalled() {
 }
 
 #[test]
+fn whoever_orders_at_the_follower_hears_what_kept_the_decider_from_it() {
+    let mut world = World::swapped();
+    world.refusals[0].extend([Refusal::HolderBusy; 100]);
+    world.at(1, Event::Order(tuple().reversed(), Direction::ToOverlay));
+    world.wait(Duration::from_secs(10));
+    assert!(world.answers.contains(&(1, Err(Refusal::HolderBusy))), "{:?}", world.answers);
+}
+
+#[test]
 fn an_order_refused_during_the_backoff_does_not_end_it() {
     let mut world = World::swapped();
     stall(&mut world, 0);
