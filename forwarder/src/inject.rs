@@ -348,7 +348,7 @@ impl Block {
     /// The thread's stop, if it stands in one that nobody has seen. From one that was seen (an error before the gate, a look
     /// too early) it goes on.
     fn stop_by_itself(&self, tgid: Tgid) -> Option<Stop> {
-        if !self.is_stopped(tgid) {
+        if !matches!(process::state(tgid, self.tid), Ok(Some('t'))) {
             return None;
         }
         let stop = stop_of(self.tid);
@@ -356,10 +356,6 @@ impl Block {
             let _ = go_on(libc::PTRACE_CONT, self.tid, 0);
         }
         stop
-    }
-
-    fn is_stopped(&self, tgid: Tgid) -> bool {
-        matches!(process::state(tgid, self.tid), Ok(Some('t')))
     }
 
     /// Until the thread waits for something, or for so long.
@@ -384,11 +380,15 @@ impl Block {
                     // Really run: interrupted at once, it would stop again where it stands.
                     self.let_run(tgid, run);
                     run = (2 * run).clamp(STRIDE, LONGEST_STRIDE);
-                    // One that has stopped for a signal would stop once more when it goes on, each time, and get nowhere.
-                    if !self.is_stopped(tgid) {
-                        let _ = ptrace::interrupt(Pid::from_raw(self.tid.0));
+                    // Interrupted as well, one that has stopped for a signal would stop once more when it goes on, each
+                    // time, and get nowhere.
+                    match stop_of(self.tid) {
+                        Some(stop) => stop,
+                        None => {
+                            let _ = ptrace::interrupt(Pid::from_raw(self.tid.0));
+                            wait_for_stop(self.tid, deadline)?
+                        }
                     }
-                    wait_for_stop(self.tid, deadline)?
                 }
             };
             match stop {

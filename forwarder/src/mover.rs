@@ -448,9 +448,9 @@ impl<'a> Running<'a> {
         mover.members.iter().flat_map(|member| &member.prepared.ends)
     }
 
-    fn new_sockets(&self) -> impl Iterator<Item = &'a OwnedFd> + use<'a> {
+    fn new_sockets(&self) -> Vec<BorrowedFd<'a>> {
         let mover = self.mover;
-        mover.members.iter().flat_map(|member| &member.new)
+        mover.members.iter().flat_map(|member| &member.new).map(OwnedFd::as_fd).collect()
     }
 
     fn run(&mut self, machine: &mut End) {
@@ -495,7 +495,7 @@ impl<'a> Running<'a> {
             }
             Action::OpenGate => Some(self.install().map_or_else(Event::InstallFailed, |()| Event::Installed)),
             Action::CloseGate => {
-                let new: Vec<BorrowedFd<'_>> = self.new_sockets().map(OwnedFd::as_fd).collect();
+                let new = self.new_sockets();
                 if let (Some(armed), Some(frozen)) = (self.armed.take(), &mut self.frozen) {
                     armed.turn_back(frozen, &new);
                 }
@@ -644,7 +644,7 @@ impl<'a> Running<'a> {
 
     fn load(&mut self, carry: Vec<Vec<u8>>) -> Result<(), Refusal> {
         self.times.settled = Some(Instant::now());
-        let new: Vec<BorrowedFd<'_>> = self.new_sockets().map(OwnedFd::as_fd).collect();
+        let new = self.new_sockets();
         let arriving = self.facts.iter().map(SocketFacts::unread_bytes);
         let loads: Vec<Load> =
             carry.into_iter().zip(arriving).map(|(carry, arriving)| Load { carry, arriving }).collect();
@@ -655,8 +655,8 @@ impl<'a> Running<'a> {
     }
 
     fn install(&mut self) -> Result<(), Refusal> {
-        let new_has_ended = self.new_sockets().any(|new| self.has_ended(new));
-        let new: Vec<BorrowedFd<'_>> = self.new_sockets().map(OwnedFd::as_fd).collect();
+        let new = self.new_sockets();
+        let new_has_ended = new.iter().any(|new| self.has_ended(*new));
         let (Some(frozen), Some(armed)) = (&mut self.frozen, self.armed.take()) else {
             return Err(Refusal::HolderVanished);
         };
@@ -725,8 +725,8 @@ impl<'a> Running<'a> {
     }
 
     /// The peer's forwarder, or its application, has closed this new connection.
-    fn has_ended(&self, new: &OwnedFd) -> bool {
-        match self.inspector.socket(new.as_fd()) {
+    fn has_ended(&self, new: BorrowedFd<'_>) -> bool {
+        match self.inspector.socket(new) {
             Ok(Some(facts)) => facts.state != TCP_ESTABLISHED || facts.shutdown != 0,
             Ok(None) | Err(_) => true,
         }
