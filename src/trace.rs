@@ -141,7 +141,8 @@ pub struct Tracer {
 }
 
 impl Tracer {
-    /// Load, attach, and send what is seen; `identities` tells which sockets are host sockets. When `events` is full, what does not fit is lost and counted.
+    /// Load, attach, and send what is seen; `identities` tells which sockets are host sockets. When `events` is full, what
+    /// does not fit is lost and counted.
     pub fn start(
         scope: &Scope,
         identities: BorrowedFd<'_>,

@@ -4,17 +4,13 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet, VecDeque},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use forwarder_api::{Request, SocketInode, SocketRecord};
 
-use super::{Coordinator, asked::AfterScan, ledger::Event, lookup};
+use super::{Coordinator, FRESH, SCAN, asked::AfterScan, ledger::Event, lookup};
 
-/// An answer that has not come for so long is not waited for.
-const FRESH: Duration = Duration::from_secs(1);
-/// Nor is one for so long taken in.
-const STALE: Duration = Duration::from_secs(30);
 /// So many sockets are looked up at once: some 20 µs each.
 const AT_ONCE: usize = 4;
 
@@ -63,7 +59,7 @@ impl Scans {
     /// Whoever waits for one that has not come for long has waited enough.
     pub(super) fn forget_overdue(&mut self) -> bool {
         let are_overdue = self.began.values().any(|began| began.elapsed() > FRESH);
-        self.began.retain(|_, began| began.elapsed() < STALE);
+        self.began.retain(|_, began| began.elapsed() < SCAN);
         are_overdue
     }
 
