@@ -47,6 +47,43 @@ fn finish_client(mut client: Process) -> Result<()> {
     client.wait(DEADLINE)?.expect_success().map(drop)
 }
 
+/// With [`RULE_FOR_SHOP`] at h2: of two pods there, one with the label. `while_swapped` is given that one.
+fn expect_that_pod_only(
+    lab: &Lab,
+    containerd: &Containerd,
+    while_swapped: impl FnOnce(&RunningPod) -> Result<()>,
+) -> Result<()> {
+    let client = lab.h1.pod("client")?;
+    let shop = containerd.run_pod(&shop(7000))?;
+    let mail = containerd.run_pod(
+        &PodSpec::new("mail").label("app", "mail").container(server("web", 7001).label("app", "shop")),
+    )?;
+    let to_shop = connect_to(&client, &shop, 0, 7000)?;
+    let to_mail = connect_to(&client, &mail, 0, 7001)?;
+    let flow = lab.h2.wait_until_on_host(7000)?;
+    ensure!(flow.workload == "default/shop/web", "{flow:?}");
+    expect_refused(&lab.h2, 7001)?;
+    while_swapped(&shop)?;
+    finish(containerd, to_shop, &shop.containers[0])?;
+    finish(containerd, to_mail, &mail.containers[0])
+}
+
+/// With [`RULE_FOR_WEB`] at h2: of two containers of a pod there, one with the label.
+fn expect_that_container_only(lab: &Lab, containerd: &Containerd) -> Result<()> {
+    let client = lab.h1.pod("client")?;
+    let pod = PodSpec::new("shop")
+        .label("tier", "web")
+        .container(server("web", 7000).label("tier", "web"))
+        .container(server("db", 7001).label("tier", "db"));
+    let pod = containerd.run_pod(&pod)?;
+    let to_web = connect_to(&client, &pod, 0, 7000)?;
+    let to_db = connect_to(&client, &pod, 1, 7001)?;
+    lab.h2.wait_until_on_host(7000)?;
+    expect_refused(&lab.h2, 7001)?;
+    finish(containerd, to_web, &pod.containers[0])?;
+    finish(containerd, to_db, &pod.containers[1])
+}
+
 fn wait_until_logged(host: &Host, text: &str) -> Result<()> {
     wait_for(&format!("\"{text}\" in the router's log"), DEADLINE, || {
         Ok(host.router_log().contains(text).then_some(()))
@@ -68,18 +105,7 @@ fn a_rule_for_a_pods_label_swaps_the_connections_of_that_pod_only() -> Result<()
     let lab = Lab::new("pod-label")?;
     let containerd = Containerd::start(&lab.h2)?;
     start_routers(&lab, RULE_FOR_SHOP, "auto")?;
-    let client = lab.h1.pod("client")?;
-    let shop = containerd.run_pod(&shop(7000))?;
-    let mail = containerd.run_pod(
-        &PodSpec::new("mail").label("app", "mail").container(server("web", 7001).label("app", "shop")),
-    )?;
-    let to_shop = connect_to(&client, &shop, 0, 7000)?;
-    let to_mail = connect_to(&client, &mail, 0, 7001)?;
-    let flow = lab.h2.wait_until_on_host(7000)?;
-    ensure!(flow.workload == "default/shop/web", "{flow:?}");
-    expect_refused(&lab.h2, 7001)?;
-    finish(&containerd, to_shop, &shop.containers[0])?;
-    finish(&containerd, to_mail, &mail.containers[0])
+    expect_that_pod_only(&lab, &containerd, |_| Ok(()))
 }
 
 #[test]
@@ -87,18 +113,7 @@ fn a_rule_for_a_containers_label_swaps_the_connections_of_that_container_only() 
     let lab = Lab::new("container-label")?;
     let containerd = Containerd::start(&lab.h2)?;
     start_routers(&lab, RULE_FOR_WEB, "auto")?;
-    let client = lab.h1.pod("client")?;
-    let pod = PodSpec::new("shop")
-        .label("tier", "web")
-        .container(server("web", 7000).label("tier", "web"))
-        .container(server("db", 7001).label("tier", "db"));
-    let pod = containerd.run_pod(&pod)?;
-    let to_web = connect_to(&client, &pod, 0, 7000)?;
-    let to_db = connect_to(&client, &pod, 1, 7001)?;
-    lab.h2.wait_until_on_host(7000)?;
-    expect_refused(&lab.h2, 7001)?;
-    finish(&containerd, to_web, &pod.containers[0])?;
-    finish(&containerd, to_db, &pod.containers[1])
+    expect_that_container_only(&lab, &containerd)
 }
 
 #[test]

@@ -4,7 +4,7 @@
 use std::{process::Command, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use lab::{DEADLINE, Finished, Lab, RouterOptions, program, wait_for};
+use lab::{DEADLINE, Finished, Host, Lab, RouterOptions, program, wait_for};
 
 /// Starts a router on h1 that must not stay, and looks for `words` in its one line.
 fn check(test: &str, options: impl FnOnce(&Lab) -> Result<RouterOptions>, words: &[&str]) -> Result<()> {
@@ -125,38 +125,41 @@ fn a_command_without_a_running_router_says_so() -> Result<()> {
     Ok(())
 }
 
+fn start_with_forwarder(host: &Host) -> Result<()> {
+    host.start_forwarder()?;
+    host.start_router(&RouterOptions::default())?;
+    host.wait_for_status("the forwarder is reached", |status| status.forwarder.is_some()).map(drop)
+}
+
+/// The router has its forwarder still.
+fn expect_undisturbed(host: &Host) -> Result<()> {
+    // The answer to a question asked later shows that it had time to notice.
+    host.ask(&["flows"])?;
+    ensure!(!host.router_log().contains("the forwarder is lost"), "{}", host.router_log());
+    Ok(())
+}
+
 #[test]
 fn a_look_at_the_host_does_not_disturb_a_router_that_runs() -> Result<()> {
     let lab = Lab::new("check-beside")?;
-    lab.h1.start_forwarder()?;
-    lab.h1.start_router(&RouterOptions::default())?;
-    lab.h1.wait_for_status("the forwarder is reached", |status| status.forwarder.is_some())?;
+    start_with_forwarder(&lab.h1)?;
     lab.h1.ask(&["check"])?;
-    // The answer to a question asked later shows that it had time to notice.
-    lab.h1.ask(&["flows"])?;
-    ensure!(!lab.h1.router_log().contains("the forwarder is lost"), "{}", lab.h1.router_log());
-    Ok(())
+    expect_undisturbed(&lab.h1)
 }
 
 #[test]
 fn a_second_forwarder_is_refused_and_does_not_disturb_the_router() -> Result<()> {
     let lab = Lab::new("second-forwarder")?;
-    lab.h1.start_forwarder()?;
-    lab.h1.start_router(&RouterOptions::default())?;
-    lab.h1.wait_for_status("the forwarder is reached", |status| status.forwarder.is_some())?;
+    start_with_forwarder(&lab.h1)?;
     let second = lab.h1.spawn_forwarder()?.wait(Duration::from_secs(15))?;
     check_one_error(&second, &["another forwarder listens on", "forwarder.sock", "--socket"])?;
-    lab.h1.ask(&["flows"])?;
-    ensure!(!lab.h1.router_log().contains("the forwarder is lost"), "{}", lab.h1.router_log());
-    Ok(())
+    expect_undisturbed(&lab.h1)
 }
 
 #[test]
 fn routers_that_take_a_forwarder_from_each_other_are_told_so() -> Result<()> {
     let lab = Lab::new("two-routers")?;
-    lab.h1.start_forwarder()?;
-    lab.h1.start_router(&RouterOptions::default())?;
-    lab.h1.wait_for_status("the forwarder is reached", |status| status.forwarder.is_some())?;
+    start_with_forwarder(&lab.h1)?;
     let own = |name: &str| lab.h1.place().directory.join(name).to_string_lossy().into_owned();
     let second = RouterOptions::default()
         .with("ROUTER_PORT", "1235")

@@ -38,6 +38,11 @@ fn wait_until_translated(host: &Host, pod: &str, wanted: bool) -> Result<()> {
     })
 }
 
+fn take_back(installed: &Installed) -> Result<()> {
+    installed.router(&installed.lab.h1, &["swap-back", "--all"])?;
+    installed.wait_until_on("overlay", PORT)
+}
+
 /// One more rule: of connections to NodePorts the client's socket has the address of a node.
 fn want_node_ports(installed: &Installed) -> Result<()> {
     let rule = "type=cidr\nfrom=192.168.77.0/24\nto=10.244.0.0/16\n";
@@ -64,8 +69,7 @@ fn a_connection_through_a_service_to_a_pod_of_the_same_node_is_swapped_and_comes
     serve(&installed, "clusterip", "h1")?;
     let stream = installed.connect(&service_address(&installed)?, PORT)?;
     installed.wait_until_on("host", PORT)?;
-    installed.router(&lab.h1, &["swap-back", "--all"])?;
-    installed.wait_until_on("overlay", PORT)?;
+    take_back(&installed)?;
     stream.finish()
 }
 
@@ -79,8 +83,7 @@ fn a_swapped_connection_outlives_its_endpoint_in_the_service_and_comes_back() ->
     installed.kubectl(&["label", "pod", "server", "app-"])?;
     lab.hosts().into_iter().try_for_each(|host| wait_until_translated(host, &pod, false))?;
     installed.wait_until_on("host", PORT)?;
-    installed.router(&lab.h1, &["swap-back", "--all"])?;
-    installed.wait_until_on("overlay", PORT)?;
+    take_back(&installed)?;
     stream.finish()
 }
 
@@ -94,8 +97,7 @@ fn a_masqueraded_connection_through_a_node_port_is_swapped_and_comes_back() -> R
     installed.wait_until_on("host", PORT)?;
     let seen = installed.flow(&lab.h2, PORT)?.context("the server's end is not known")?.remote;
     ensure!(seen.starts_with("10.244.1.0:"), "not masqueraded: {seen}");
-    installed.router(&lab.h1, &["swap-back", "--all"])?;
-    installed.wait_until_on("overlay", PORT)?;
+    take_back(&installed)?;
     stream.finish()
 }
 
