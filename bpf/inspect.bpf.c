@@ -100,6 +100,7 @@ static __always_inline void read_tcp(struct socket_facts *facts, struct sock *sk
 	struct tcp_sock *tp = (void *)sk;
 	struct tcp_sock___signed *signature = (void *)sk;
 	struct inet_connection_sock *icsk = (void *)sk;
+	__s32 window;
 
 	facts->is_tcp = 1;
 	facts->family = BPF_CORE_READ(sk, __sk_common.skc_family);
@@ -112,6 +113,8 @@ static __always_inline void read_tcp(struct socket_facts *facts, struct sock *sk
 	facts->snd_una = BPF_CORE_READ(tp, snd_una);
 	facts->rcv_nxt = BPF_CORE_READ(tp, rcv_nxt);
 	facts->copied_seq = BPF_CORE_READ(tp, copied_seq);
+	window = BPF_CORE_READ(tp, rcv_wup) + BPF_CORE_READ(tp, rcv_wnd) - facts->rcv_nxt;
+	facts->receive_window = window > 0 ? window : 0;
 	facts->urgent = BPF_CORE_READ(tp, urg_data) != 0 ||
 			(__s32)(BPF_CORE_READ(tp, snd_up) - facts->snd_una) > 0;
 	facts->repair = BPF_CORE_READ_BITFIELD_PROBED(tp, repair);

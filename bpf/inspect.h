@@ -34,6 +34,7 @@ struct socket_facts {
 	__u32 snd_una;
 	__u32 rcv_nxt;
 	__u32 copied_seq;
+	__u32 receive_window;
 	__u32 shutdown;
 	__u32 urgent;
 	__u32 is_mptcp;

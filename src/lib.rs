@@ -117,8 +117,11 @@ fn obey(arguments: Arguments) -> Result<()> {
     }
 }
 
+/// Memory that is kept between bursts.
+const KEPT_BYTES: i32 = 128 << 10;
+
 fn start<F: Future<Output = Result<()>>>(settings: Settings, what: impl FnOnce(Settings) -> F) -> Result<()> {
-    memory::keep_small();
+    memory::keep(KEPT_BYTES);
     raise_descriptor_limit().context("raising RLIMIT_NOFILE")?;
     // Before the first thread, which inherits it, and before anything of the network is read.
     privileges::keep_only(&privileges::ROUTER)?;

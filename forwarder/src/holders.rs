@@ -248,6 +248,7 @@ mod tests {
             snd_una: 0,
             rcv_nxt: 0,
             copied_seq: 0,
+            receive_window: 0,
             shutdown: 0,
             urgent: false,
             mptcp: false,

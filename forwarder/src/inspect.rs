@@ -81,6 +81,8 @@ pub struct SocketFacts {
     pub snd_una: u32,
     pub rcv_nxt: u32,
     pub copied_seq: u32,
+    /// Bytes that the peer was told it may still send.
+    pub receive_window: u32,
     /// RCV_SHUTDOWN | SEND_SHUTDOWN.
     pub shutdown: u32,
     pub urgent: bool,
@@ -103,6 +105,11 @@ impl SocketFacts {
     /// Written by the application, and not acknowledged by the peer's kernel yet.
     pub fn unacknowledged_bytes(&self) -> u32 {
         self.write_seq.wrapping_sub(self.snd_una)
+    }
+
+    /// The more of both.
+    pub fn queued_bytes(&self) -> u32 {
+        self.unacknowledged_bytes().max(self.unread_bytes() as u32)
     }
 }
 
@@ -359,6 +366,7 @@ impl From<types::socket_facts> for SocketFacts {
             snd_una: facts.snd_una,
             rcv_nxt: facts.rcv_nxt,
             copied_seq: facts.copied_seq,
+            receive_window: facts.receive_window,
             shutdown: facts.shutdown,
             urgent: facts.urgent != 0,
             mptcp: facts.is_mptcp != 0,

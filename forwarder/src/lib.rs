@@ -100,8 +100,11 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// Memory that is kept between moves: it holds what most of them carry, several times.
+const CARRIED_BYTES: i32 = 16 << 20;
+
 fn run(arguments: &Arguments) -> Result<()> {
-    memory::keep_small();
+    memory::keep(CARRIED_BYTES);
     probe()?;
     // Before the first thread, so that all inherit it: a stop must not come while a process is frozen.
     let mut stop = SigSet::empty();

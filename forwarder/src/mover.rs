@@ -6,26 +6,31 @@
 //! [`crate::transaction::End`]; [`run_local`] moves both ends of connections within this host in one freeze, where no
 //! protocol is needed.
 
+mod calm;
+mod line;
 mod local;
 
 use std::{
     collections::VecDeque,
     io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
 use forwarder_api::{Direction, MAX_UNREAD_BYTES, Manner, Moved, Refusal, Role, SocketInode};
 use nix::{
-    poll::{PollFd, PollFlags, PollTimeout, poll},
+    poll::{PollFd, PollFlags, ppoll},
     sys::{
         eventfd::{EfdFlags, EventFd},
-        socket::{MsgFlags, recv, send, setsockopt, sockopt::ReceiveTimeout},
-        time::{TimeVal, TimeValLike},
+        socket::{setsockopt, sockopt::ReceiveTimeout},
+        time::{TimeSpec, TimeVal, TimeValLike},
     },
 };
+use serde::{Deserialize, Serialize};
 
+use calm::Shallows;
+use line::Line;
 pub use local::run_local;
 
 use crate::{
@@ -37,7 +42,7 @@ use crate::{
     freeze::{Frozen, next_nap},
     holders::has_fired_one_shot,
     inspect::{Inspector, SocketFacts, TCP_ESTABLISHED},
-    options::{Options, ReceiveRoom, Shallow, acknowledge},
+    options::{Options, Pushed, ReceiveRoom, acknowledge},
     process::{self, not_made},
     queue,
     site::{Parked, Prepared, PreparedEnd, Site, locked, report, reset, tgids_of},
@@ -45,15 +50,12 @@ use crate::{
     transaction::{Action, End, Event, Look, Message, Queue, Word},
 };
 
-/// A connection whose queues hold more than this is made shallow before it is frozen, in bytes.
-const CALM_BYTES: u32 = 256 << 10;
 /// Who has so many bytes on their way pours, and freezes before the peer does.
 const POURING_BYTES: u32 = 16 << 10;
-/// How long a busy connection may take to become shallow (its application runs on), and how often that is looked at.
-const CALM_TIME: Duration = Duration::from_millis(50);
-const CALM_POLL: Duration = Duration::from_micros(500);
 /// Between two looks at what is in flight, while frozen, at least.
 const SETTLE_POLL: Duration = Duration::from_micros(30);
+/// Between two looks at what nobody tells.
+const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 /// How long a follower waits for its decider to freeze, and, promised, for its word; and how long the decider's blocks
 /// wait, twice, for the follower's: longer together, so that a follower that gives up is heard.
 const WAIT_FOR_FREEZE: Duration = Duration::from_secs(5);
@@ -65,32 +67,51 @@ const WITNESS_MS: i64 = 1500;
 const RECESS: Duration = Duration::from_micros(150);
 const DECIDER_RECESSES: Duration = Duration::from_millis(20);
 
+/// What the forwarder at the other end says, by way of the routers.
+#[derive(Serialize, Deserialize)]
+pub struct Said {
+    pub message: Message,
+    /// Looks: so many unread bytes of each come on the witness, and are not in it. None of any: all are in it.
+    pub on_witness: Vec<u32>,
+}
+
+impl From<Message> for Said {
+    fn from(message: Message) -> Said {
+        Said { message, on_witness: Vec::new() }
+    }
+}
+
 /// What others tell a running transaction.
+pub enum Told {
+    FromPeer(Said),
+    Cancel(Refusal),
+}
+
 pub struct Mailbox {
-    letters: Mutex<VecDeque<Event>>,
+    told: Mutex<VecDeque<Told>>,
     bell: EventFd,
 }
 
 impl Mailbox {
     pub fn new() -> io::Result<Arc<Mailbox>> {
         let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        Ok(Arc::new(Mailbox { letters: Mutex::default(), bell }))
+        Ok(Arc::new(Mailbox { told: Mutex::default(), bell }))
     }
 
-    pub fn put(&self, event: Event) {
-        locked(&self.letters).push_back(event);
+    pub fn put(&self, told: Told) {
+        locked(&self.told).push_back(told);
         // Full (EAGAIN) is rung, too.
         let _ = self.bell.write(1);
     }
 
-    fn take_all(&self) -> VecDeque<Event> {
+    fn take_all(&self) -> VecDeque<Told> {
         let _ = self.bell.read();
-        std::mem::take(&mut *locked(&self.letters))
+        std::mem::take(&mut *locked(&self.told))
     }
 }
 
-/// Sends a message to the forwarder at the other end.
-pub type Tell = Box<dyn Fn(&Message) + Send>;
+/// Says it to the forwarder at the other end.
+pub type Tell = Box<dyn Fn(Said) + Send>;
 
 /// The times of a transaction.
 #[derive(Default)]
@@ -231,24 +252,27 @@ impl Remote {
         let ((inspector, _room), witness) = match ready {
             Ok(ready) => ready,
             Err(reason) => {
-                (self.tell)(&Message::Abort { reason });
+                (self.tell)(Message::Abort { reason }.into());
                 return self.aborted(reason, 0, true);
             }
         };
         let mut running = Running {
             frozen: None,
             armed: None,
-            shallow: Vec::new(),
+            pushed: Vec::new(),
             receive_rooms: Vec::new(),
+            shallows: None,
             mover: &self,
             witness: &witness,
+            line: Line::new(witness.as_fd()),
+            told: VecDeque::new(),
             inspector,
             facts: Vec::new(),
             times: Times::default(),
             threads: 0,
             look_at: None,
             with_unread: false,
-            calm_by: None,
+            calms: None,
             awaiting_word: false,
             promised: false,
             heard: true,
@@ -271,7 +295,8 @@ impl Remote {
             unread: running.facts.iter().map(SocketFacts::unread_bytes).collect(),
             heard: running.heard,
         };
-        let (new_is_closed, witness_is_closed) = (running.new_is_closed, running.witness_is_closed);
+        let new_is_closed = running.new_is_closed;
+        let witness_is_closed = running.witness_is_closed || running.line.has_carried();
         drop(running);
         match result {
             Ok(()) => Finished::Moved(self.moved(figures)),
@@ -416,14 +441,18 @@ fn socket_inode(socket: &OwnedFd) -> Option<SocketInode> {
     nix::sys::stat::fstat(socket).ok().map(|stat| SocketInode(stat.st_ino))
 }
 
-/// The state of a [`Remote`] while it runs. Field order is drop order: thaw first.
+/// The state of a [`Remote`] while it runs. Field order is drop order: thaw first, and undo last what was done first.
 struct Running<'a> {
     frozen: Option<Frozen>,
     armed: Option<Armed>,
-    shallow: Vec<Shallow<'a>>,
+    pushed: Vec<Pushed<'a>>,
     receive_rooms: Vec<ReceiveRoom<'a>>,
+    shallows: Option<Shallows<'a>>,
     mover: &'a Remote,
     witness: &'a OwnedFd,
+    line: Line<'a>,
+    /// That were not looked at yet.
+    told: VecDeque<Told>,
     inspector: Inspector,
     /// Of each connection, when it was looked at last.
     facts: Vec<SocketFacts>,
@@ -431,7 +460,8 @@ struct Running<'a> {
     threads: u32,
     look_at: Option<Instant>,
     with_unread: bool,
-    calm_by: Option<Instant>,
+    /// When to look next whether they are calm.
+    calms: Option<Instant>,
     awaiting_word: bool,
     promised: bool,
     heard: bool,
@@ -472,10 +502,7 @@ impl<'a> Running<'a> {
     /// Do it, and say what came of it.
     fn act(&mut self, action: Action) -> Option<Event> {
         match action {
-            Action::Tell(message) => {
-                (self.mover.tell)(&message);
-                None
-            }
+            Action::Tell(message) => self.tell(message),
             Action::MakeShallow => self.make_shallow(),
             Action::Weigh => self.is_pouring().then_some(Event::Pouring),
             Action::Freeze => Some(self.freeze().map_or_else(Event::FreezeFailed, Event::Frozen)),
@@ -515,11 +542,12 @@ impl<'a> Running<'a> {
                 None
             }
             Action::Thaw => {
+                self.pushed.clear();
                 self.receive_rooms.clear();
                 if let Some(frozen) = self.frozen.take() {
                     self.times.thawed = Some(frozen.thaw());
                 }
-                self.shallow.clear();
+                self.shallows = None;
                 None
             }
             Action::End(result) => {
@@ -529,38 +557,34 @@ impl<'a> Running<'a> {
         }
     }
 
-    fn queued_bytes(&self, end: &PreparedEnd) -> u32 {
-        match self.inspector.socket(end.old.as_fd()) {
-            Ok(Some(facts)) => facts.unacknowledged_bytes().max(facts.unread_bytes() as u32),
-            Ok(None) | Err(_) => 0,
-        }
+    fn tell(&mut self, mut message: Message) -> Option<Event> {
+        let on_witness = match &mut message {
+            Message::Looks(looks) => self.line.load(looks),
+            Message::Calm | Message::Freeze | Message::Saved | Message::Abort { .. } => Vec::new(),
+        };
+        (self.mover.tell)(Said { message, on_witness });
+        self.line.flush()
+    }
+
+    /// `None`: it cannot be looked at, which the freeze will say.
+    fn seen(&self, socket: BorrowedFd<'_>) -> Option<SocketFacts> {
+        self.inspector.socket(socket).ok().flatten()
     }
 
     fn is_pouring(&self) -> bool {
-        let unacknowledged = |end: &PreparedEnd| match self.inspector.socket(end.old.as_fd()) {
-            Ok(Some(facts)) => facts.unacknowledged_bytes(),
-            Ok(None) | Err(_) => 0,
-        };
-        self.ends().any(|end| unacknowledged(end) > POURING_BYTES)
-    }
-
-    fn is_calm(&self) -> bool {
-        self.ends().all(|end| self.queued_bytes(end) <= CALM_BYTES)
+        let unacknowledged =
+            |end: &PreparedEnd| self.seen(end.old.as_fd()).map_or(0, |facts| facts.unacknowledged_bytes());
+        // What comes meanwhile would have to be carried as well.
+        !self.shallows.as_ref().is_some_and(Shallows::receive)
+            && self.ends().any(|end| unacknowledged(end) > POURING_BYTES)
     }
 
     fn make_shallow(&mut self) -> Option<Event> {
-        for end in self.ends() {
-            if self.queued_bytes(end) > CALM_BYTES / 4 {
-                match Shallow::make(end.old.as_fd()) {
-                    Ok(shallow) => self.shallow.push(shallow),
-                    Err(reason) => return Some(Event::Cancel(reason)),
-                }
-            }
+        match Shallows::make(self.ends(), &self.inspector) {
+            Ok(shallows) => self.shallows = Some(shallows),
+            Err(reason) => return Some(Event::Cancel(reason)),
         }
-        if self.shallow.is_empty() {
-            return Some(Event::Calm);
-        }
-        self.calm_by = Some(Instant::now() + CALM_TIME);
+        self.calms = Some(Instant::now());
         None
     }
 
@@ -639,6 +663,10 @@ impl<'a> Running<'a> {
         let deadline = Instant::now() + self.mover.task.budget;
         let deal = self.mover.deal(self.witness);
         self.armed = Some(Armed::arm(frozen, &self.inspector, &pairs, deal, deadline)?);
+        // Not before: its options are compared with those that the new one has.
+        let unacknowledged =
+            self.ends().zip(&self.facts).filter(|(_, facts)| facts.unacknowledged_bytes() > 0);
+        self.pushed = unacknowledged.filter_map(|(end, _)| Pushed::new(end.old.as_fd())).collect();
         Ok(())
     }
 
@@ -678,11 +706,14 @@ impl<'a> Running<'a> {
     /// Until something happens that the machine must know.
     fn wait(&mut self, events: &mut VecDeque<Event>) {
         let now = Instant::now();
-        if let Some(by) = self.calm_by
-            && (now >= by || self.is_calm())
+        if let (Some(at), Some(shallows)) = (self.calms, &self.shallows)
+            && now >= at
         {
-            self.calm_by = None;
-            return events.push_back(Event::Calm);
+            let are_calm = shallows.are_calm(&self.inspector);
+            self.calms = (!are_calm).then(|| shallows.next_look());
+            if are_calm {
+                return events.push_back(Event::Calm);
+            }
         }
         if self.look_at.is_some_and(|at| now >= at) {
             self.look_at = None;
@@ -697,39 +728,48 @@ impl<'a> Running<'a> {
             self.silence_ends = None;
             return events.push_back(Event::SilenceOver);
         }
-        if self.awaiting_word
-            && let Some(event) = self.read_word()
-        {
-            self.awaiting_word = false;
+        if let Some(event) = self.line.go_on(self.awaiting_word) {
+            self.awaiting_word &= !matches!(event, Event::Heard(_) | Event::WitnessEnded);
             return events.push_back(event);
         }
-        let soon = self.calm_by.map(|_| now + CALM_POLL);
-        let until = [soon, self.look_at, budget_ends, self.silence_ends].into_iter().flatten().min();
-        self.sleep(until.map_or(Duration::from_secs(1), |until| until - now));
-        events.extend(self.mover.mailbox.take_all());
+        if let Some(event) = self.next_told() {
+            return events.push_back(event);
+        }
+        let until = [self.calms, self.look_at, budget_ends, self.silence_ends].into_iter().flatten().min();
+        self.sleep(until.map_or(LONGEST_SLEEP, |until| until - now));
+        self.told.extend(self.mover.mailbox.take_all());
+    }
+
+    /// In their order, looks when they are complete.
+    fn next_told(&mut self) -> Option<Event> {
+        while !self.line.is_expecting() {
+            match self.told.pop_front()? {
+                Told::Cancel(reason) => return Some(Event::Cancel(reason)),
+                Told::FromPeer(Said { message: Message::Looks(looks), on_witness })
+                    if !on_witness.is_empty() =>
+                {
+                    if let Err(reason) = self.line.expect(looks, on_witness) {
+                        return Some(Event::Cancel(reason));
+                    }
+                }
+                Told::FromPeer(said) => return Some(Event::Peer(said.message)),
+            }
+        }
+        self.line.go_on(self.awaiting_word)
     }
 
     fn sleep(&self, time: Duration) {
-        if time < Duration::from_millis(1) && !self.awaiting_word {
-            // Shorter than poll(2) can tell: only the mailbox may have news, and it is looked at right after.
-            if locked(&self.mover.mailbox.letters).is_empty() {
-                std::thread::sleep(time.min(SETTLE_POLL));
-            }
-            return;
-        }
         let mut fds = vec![PollFd::new(self.mover.mailbox.bell.as_fd(), PollFlags::POLLIN)];
-        if self.awaiting_word {
-            fds.push(PollFd::new(self.witness.as_fd(), PollFlags::POLLIN));
+        let interest = self.line.interest(self.awaiting_word);
+        if !interest.is_empty() {
+            fds.push(PollFd::new(self.witness.as_fd(), interest));
         }
-        let _ = poll(&mut fds, PollTimeout::from(time.as_millis().clamp(1, 1000) as u16));
+        let _ = ppoll(&mut fds, Some(TimeSpec::from(time.min(LONGEST_SLEEP))), None);
     }
 
     /// The peer's forwarder, or its application, has closed this new connection.
     fn has_ended(&self, new: BorrowedFd<'_>) -> bool {
-        match self.inspector.socket(new) {
-            Ok(Some(facts)) => facts.state != TCP_ESTABLISHED || facts.shutdown != 0,
-            Ok(None) | Err(_) => true,
-        }
+        self.seen(new).is_none_or(|facts| facts.state != TCP_ESTABLISHED || facts.shutdown != 0)
     }
 
     fn say(&mut self, word: Word) -> Option<Event> {
@@ -737,20 +777,10 @@ impl<'a> Running<'a> {
             self.promised = true;
             self.silence_ends = Some(Instant::now() + FOLLOWER_SILENCE);
         }
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-        let said = send(self.witness.as_raw_fd(), &[word.byte()], flags);
+        let dead = self.line.say(word);
         if word == Word::Promise {
             fault::point(Point::Promised);
         }
-        said.is_err().then_some(Event::WitnessEnded)
-    }
-
-    fn read_word(&self) -> Option<Event> {
-        let mut byte = [0];
-        match recv(self.witness.as_raw_fd(), &mut byte, MsgFlags::MSG_DONTWAIT) {
-            Ok(1) => Some(Word::of(byte[0]).map_or(Event::WitnessEnded, Event::Heard)),
-            Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EINTR) => None,
-            Ok(_) | Err(_) => Some(Event::WitnessEnded),
-        }
+        dead
     }
 }

@@ -285,17 +285,20 @@ pub fn make_room_for_carried(new: BorrowedFd<'_>, bytes: u64) -> Result<(), Refu
     set(new, libc::SOL_SOCKET, SO_BUF_LOCK, &locked.to_ne_bytes())
 }
 
-/// A connection whose send buffer is kept small while its last bytes settle: the application itself waits, instead
-/// of filling it. Undone when dropped. Bytes that are queued already are not touched.
+/// A connection that is kept shallow until it is frozen: its application waits, instead of filling the send buffer, and the
+/// peer's, instead of filling the receive buffer. Undone when dropped.
 ///
-/// The window offered to the peer is left alone: what is queued must find room when nobody reads any more.
+/// Bytes that are queued already are not touched, and what the peer was told that it may send, it may: the window shrinks by
+/// what comes ([`SocketFacts::receive_window`](crate::inspect::SocketFacts)). The receive buffer is left alone: in a smaller
+/// one the kernel drops what has no room, and closes the window for long (tcp_clamp_window in net/ipv4/tcp_input.c).
 pub struct Shallow<'a> {
     socket: BorrowedFd<'a>,
     locked: i32,
-    size: i32,
+    send: i32,
+    clamp: i32,
 }
 
-/// Bytes that may be queued on a shallow connection.
+/// Bytes that may be queued on a shallow connection, each way.
 const SHALLOW_BYTES: i32 = 128 << 10;
 
 impl<'a> Shallow<'a> {
@@ -303,22 +306,36 @@ impl<'a> Shallow<'a> {
         let shallow = Shallow {
             socket,
             locked: get_int(socket, libc::SOL_SOCKET, SO_BUF_LOCK).unwrap_or(0),
-            size: get_int(socket, libc::SOL_SOCKET, libc::SO_SNDBUF).unwrap_or(0),
+            send: get_int(socket, libc::SOL_SOCKET, libc::SO_SNDBUF).unwrap_or(0),
+            clamp: get_int(socket, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP).unwrap_or(0),
         };
-        if shallow.size / 2 > SHALLOW_BYTES {
+        // Or the kernel would go on tuning the buffers, and the clamp with them.
+        let locked = shallow.locked | SOCK_SNDBUF_LOCK | SOCK_RCVBUF_LOCK;
+        set(socket, libc::SOL_SOCKET, SO_BUF_LOCK, &locked.to_ne_bytes())?;
+        if shallow.send / 2 > SHALLOW_BYTES {
             set(socket, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, &SHALLOW_BYTES.to_ne_bytes())?;
         }
+        if shallow.clamp > SHALLOW_BYTES {
+            set(socket, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, &SHALLOW_BYTES.to_ne_bytes())?;
+        }
         Ok(shallow)
+    }
+
+    pub fn socket(&self) -> BorrowedFd<'a> {
+        self.socket
     }
 }
 
 impl Drop for Shallow<'_> {
     fn drop(&mut self) {
-        if self.size / 2 > SHALLOW_BYTES {
-            let size = self.size / 2;
-            let _ = set(self.socket, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, &size.to_ne_bytes());
-            let _ = set(self.socket, libc::SOL_SOCKET, SO_BUF_LOCK, &self.locked.to_ne_bytes());
+        if self.clamp > SHALLOW_BYTES {
+            let _ = set(self.socket, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, &self.clamp.to_ne_bytes());
         }
+        if self.send / 2 > SHALLOW_BYTES {
+            let size = self.send / 2;
+            let _ = set(self.socket, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, &size.to_ne_bytes());
+        }
+        let _ = set(self.socket, libc::SOL_SOCKET, SO_BUF_LOCK, &self.locked.to_ne_bytes());
     }
 }
 
@@ -364,6 +381,25 @@ pub fn acknowledge(socket: BorrowedFd<'_>) {
     let _ = nix::sys::socket::recv(socket.as_raw_fd(), &mut [0], flags);
 }
 
+/// A connection whose last bytes are sent at once, undone when dropped. Left to Nagle, those that are less than a segment wait
+/// until the peer, where nobody reads, has acknowledged the ones before, which takes it 40 ms.
+pub struct Pushed<'a>(BorrowedFd<'a>);
+
+impl<'a> Pushed<'a> {
+    /// `None`: they are anyway.
+    pub fn new(socket: BorrowedFd<'a>) -> Option<Pushed<'a>> {
+        let delays = get_int(socket, libc::IPPROTO_TCP, libc::TCP_NODELAY) == Some(0);
+        // Not `then_some`: what is not returned would be undone.
+        (delays && set_int(socket, libc::IPPROTO_TCP, libc::TCP_NODELAY, 1)).then(|| Pushed(socket))
+    }
+}
+
+impl Drop for Pushed<'_> {
+    fn drop(&mut self) {
+        let _ = set_int(self.0, libc::IPPROTO_TCP, libc::TCP_NODELAY, 0);
+    }
+}
+
 pub fn get_int(socket: BorrowedFd<'_>, level: i32, name: i32) -> Option<i32> {
     let mut bytes = [0; 4];
     (get(socket, level, name, &mut bytes)? == 4).then(|| i32::from_ne_bytes(bytes))
@@ -392,6 +428,7 @@ fn set(socket: BorrowedFd<'_>, level: i32, name: i32, value: &[u8]) -> Result<()
 #[cfg(test)]
 mod tests {
     use std::{
+        io::{Read, Write},
         net::{TcpListener, TcpStream},
         os::fd::AsFd,
     };
@@ -458,9 +495,36 @@ mod tests {
     fn a_shallow_connection_is_as_it_was_afterwards() {
         let (end, _listener) = socket();
         let before = |name| get_int(end.as_fd(), libc::SOL_SOCKET, name);
-        let (size, locked) = (before(libc::SO_SNDBUF), before(SO_BUF_LOCK));
-        drop(Shallow::make(end.as_fd()).unwrap());
-        assert_eq!((before(libc::SO_SNDBUF), before(SO_BUF_LOCK)), (size, locked));
+        let clamp = || get_int(end.as_fd(), libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP);
+        set(end.as_fd(), libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, &(4i32 << 20).to_ne_bytes()).unwrap();
+        set(end.as_fd(), libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, &(2i32 << 20).to_ne_bytes()).unwrap();
+        let all = || (before(libc::SO_SNDBUF), before(SO_BUF_LOCK), clamp());
+        let was = all();
+        let shallow = Shallow::make(end.as_fd()).unwrap();
+        assert_eq!(clamp(), Some(SHALLOW_BYTES));
+        drop(shallow);
+        assert_eq!(all(), was);
+    }
+
+    #[test]
+    fn bytes_that_wait_for_an_acknowledgement_are_pushed() {
+        let (mut end, listener) = socket();
+        let (mut peer, _) = listener.accept().unwrap();
+        let delays = |socket: &TcpStream| !socket.nodelay().unwrap();
+        let pushed = Pushed::new(end.as_fd());
+        assert!(!delays(&end));
+        drop(pushed);
+        assert!(delays(&end));
+        peer.set_nodelay(true).unwrap();
+        drop(Pushed::new(peer.as_fd()));
+        assert!(!delays(&peer));
+        // The kernel is in no hurry to acknowledge the first, and Nagle lets the second wait for that.
+        set(peer.as_fd(), libc::IPPROTO_TCP, libc::TCP_QUICKACK, &0i32.to_ne_bytes()).unwrap();
+        end.write_all(b"a").unwrap();
+        end.write_all(b"b").unwrap();
+        let _pushed = Pushed::new(end.as_fd());
+        peer.set_nonblocking(true).unwrap();
+        assert_eq!(peer.read(&mut [0; 4]).unwrap(), 2);
     }
 
     #[test]

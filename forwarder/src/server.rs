@@ -169,9 +169,6 @@ fn watch_parked(site: &Arc<Site>, current: &Current) -> io::Result<()> {
                     if session.is_none() && ended.is_empty() {
                         site.release_forsaken();
                     }
-                    if site.is_idle() {
-                        memory::trim();
-                    }
                     for conn in ended {
                         log::debug!("{conn}: its overlay connection has ended");
                         if let Some(session) = &session {

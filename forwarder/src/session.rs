@@ -35,10 +35,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     inspect::{Descriptor, Kind, TCP_LISTEN},
-    mover::{Mailbox, Member, Task},
+    mover::{Mailbox, Member, Said, Task, Told},
     process::{self, Tgid},
     site::{Prepared, Site, locked, tgids_of},
-    transaction,
     turns::{MAX_BATCH, Pace},
 };
 
@@ -138,7 +137,7 @@ pub fn is_letter(message: &[u8]) -> bool {
 enum Word {
     /// These go together, in this order.
     Join(Vec<ConnId>),
-    Said(transaction::Message),
+    Said(Said),
     /// The connection that this comes by will not be moved.
     Leave,
 }
@@ -327,7 +326,7 @@ impl Session {
         connection.cancelled = Some(reason);
         match &connection.stage {
             Stage::Asked => {}
-            Stage::Moving { mailbox, .. } => mailbox.put(transaction::Event::Cancel(reason)),
+            Stage::Moving { mailbox, .. } => mailbox.put(Told::Cancel(reason)),
             Stage::Prepared(_) => {
                 drop(book);
                 self.forget(conn);
@@ -359,7 +358,7 @@ impl Session {
         for (conn, connection) in &mut book.connections {
             connection.cancelled = Some(Refusal::PeerGone);
             match &connection.stage {
-                Stage::Moving { mailbox, .. } => mailbox.put(transaction::Event::Cancel(Refusal::PeerGone)),
+                Stage::Moving { mailbox, .. } => mailbox.put(Told::Cancel(Refusal::PeerGone)),
                 Stage::Asked | Stage::Prepared(_) | Stage::Waiting(_) => dropped.push(*conn),
             }
         }

@@ -73,6 +73,10 @@ pub struct PreparedEnd {
     pub old: OwnedFd,
     pub holders: Holders,
     pub v6: bool,
+    /// What it had written and received when it was looked at: what came since tells how busy it is.
+    pub write_seq: u32,
+    pub rcv_nxt: u32,
+    pub looked_at: Instant,
 }
 
 impl Drop for Prepared {
@@ -235,7 +239,8 @@ impl Site {
             return Err(Refusal::SharedMemory);
         }
         // References are counted when all holders are frozen: until then, calls in progress take some of their own.
-        Ok(PreparedEnd { old, holders, v6: facts.v6 })
+        let SocketFacts { v6, write_seq, rcv_nxt, .. } = facts;
+        Ok(PreparedEnd { old, holders, v6, write_seq, rcv_nxt, looked_at: Instant::now() })
     }
 
     /// Nobody takes part in a transaction.

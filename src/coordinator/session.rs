@@ -199,6 +199,7 @@ async fn take_witness(mut stream: TcpStream, doors: &Doors) -> Result<(), Sessio
         Err(_) => return Err(SessionError::Stalled { what: "its token", limit: GREETING }),
     }
     let conn = doors.expected.take(Line::Witness, token).ok_or(SessionError::Stranger)?;
+    stream.set_nodelay(true)?;
     let _ = doors.arrived.send((conn, Line::Witness, into_fd(stream)?)).await;
     Ok(())
 }

@@ -11,7 +11,7 @@ use forwarder_api::{ConnId, Direction, Holder, MAX_UNREAD_BYTES, Refusal};
 use serde::{Deserialize, Serialize};
 
 /// Bumped with every change of [`Message`], and of what the forwarders say through it.
-pub const VERSION: u16 = 6;
+pub const VERSION: u16 = 7;
 pub const PREAMBLE: usize = 8;
 /// The longest frame body, in bytes: a relayed message with all the unread bytes allowed, and room for its head.
 pub const MAX_FRAME: usize = MAX_UNREAD_BYTES + (1 << 20);

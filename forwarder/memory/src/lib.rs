@@ -3,19 +3,17 @@
 
 use libc::c_int;
 
-/// Buffers from this size on are mappings of their own.
-const OWN_MAPPING: c_int = 128 << 10;
-
 /// Memory that one thread has freed serves another: most threads here live for milliseconds.
 const ARENAS: c_int = 1;
 
-/// Carried bytes are megabytes, for milliseconds. glibc learns from the first such buffer to keep the memory of the
-/// next ones, in each of its arenas: tens of megabytes for good. Setting the threshold ends the learning. To be called
-/// first of all.
-pub fn keep_small() {
+/// Keep so many bytes that were freed for the next buffers, no more, until [`trim`]. What the system gives is cleared and mapped
+/// page by page, which takes as long as filling it. Left to itself, glibc learns from the largest buffer how much to keep, for
+/// good. Setting the thresholds ends the learning. To be called first of all.
+pub fn keep(most: c_int) {
     // SAFETY: mallopt(3) takes two integers; no other thread exists yet.
     unsafe {
-        libc::mallopt(libc::M_MMAP_THRESHOLD, OWN_MAPPING);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, most);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, most);
         libc::mallopt(libc::M_ARENA_MAX, ARENAS);
     }
 }

@@ -13,7 +13,7 @@ use forwarder_api::{ConnId, Direction, Frame, Manner, Outcome, Refusal};
 use super::{Book, Job, Letter, Session, Stage, Waiter, Word, spawn};
 use crate::{
     child,
-    mover::{Finished, Mailbox, Member, Over, Remote, run_local},
+    mover::{Finished, Mailbox, Member, Over, Remote, Said, Told, run_local},
     process::Tgid,
     site::{Reserved, locked, reset},
     transaction,
@@ -37,7 +37,7 @@ pub struct Join {
     conns: Vec<ConnId>,
     by: Instant,
     /// What was said in it since.
-    letters: Vec<transaction::Event>,
+    said: Vec<Said>,
 }
 
 /// A batch whose turn it is.
@@ -60,7 +60,7 @@ struct Moving {
 
 impl Session {
     pub fn give_turns(self: Arc<Self>) {
-        let (mut rung, mut looked) = (0, Instant::now());
+        let (mut rung, mut looked, mut trimmed) = (0, Instant::now(), true);
         while self.is_open() {
             while let Some(batch) = self.join_next().or_else(|| self.form_next()) {
                 self.start_moving(batch);
@@ -69,7 +69,14 @@ impl Session {
                 self.give_up_on_late_ones();
                 looked = Instant::now();
             }
-            rung = self.site.bell.wait(rung, LOOK);
+            let before = rung;
+            rung = self.site.bell.wait(before, LOOK);
+            if rung != before {
+                trimmed = false;
+            } else if !trimmed && self.site.is_idle() {
+                memory::trim();
+                trimmed = true;
+            }
         }
     }
 
@@ -89,8 +96,8 @@ impl Session {
             };
             match (reserved, Mailbox::new()) {
                 (Some(reserved), Ok(mailbox)) => {
-                    let Join { number, conns, letters, .. } = book.joins.remove(place);
-                    letters.into_iter().for_each(|letter| mailbox.put(letter));
+                    let Join { number, conns, said, .. } = book.joins.remove(place);
+                    said.into_iter().for_each(|said| mailbox.put(Told::FromPeer(said)));
                     batch = book.take(number, conns, reserved, mailbox);
                 }
                 _ if is_late || tgids.is_err() => refused.push(book.joins.remove(place)),
@@ -100,7 +107,7 @@ impl Session {
         drop(book);
         for join in refused {
             let reason = Refusal::HolderBusy;
-            self.say(join.number, join.conns[0], &transaction::Message::Abort { reason });
+            self.say(join.number, join.conns[0], transaction::Message::Abort { reason }.into());
         }
         batch
     }
@@ -150,7 +157,7 @@ impl Session {
             let finished = child::run(|| match job {
                 Job::Remote(task, _) => {
                     let teller = Arc::clone(&session);
-                    let tell = Box::new(move |message: &_| teller.say(number, lead, message));
+                    let tell = Box::new(move |said| teller.say(number, lead, said));
                     Remote { site, members, task, mailbox, tell }.run()
                 }
                 Job::Local { budget } => run_local(&site, members, budget),
@@ -275,7 +282,7 @@ impl Session {
     pub fn hear_peer(&self, conn: ConnId, message: &[u8]) {
         match Letter::parse(message) {
             Some(Letter { batch, word: Word::Join(conns) }) => self.asked_to_join(batch, conn, conns),
-            Some(Letter { batch, word: Word::Said(message) }) => self.hear(batch, conn, message),
+            Some(Letter { batch, word: Word::Said(said) }) => self.hear(batch, conn, said),
             Some(Letter { word: Word::Leave, .. }) => self.left_by_peer(conn),
             None => {
                 log::warn!("{conn}: its peer said something that is no message");
@@ -289,21 +296,21 @@ impl Session {
         if conns.first() != Some(&lead) || distinct.len() != conns.len() || conns.len() > MAX_BATCH {
             log::warn!("{lead}: its peer named {} connections that cannot be a batch", conns.len());
             let reason = Refusal::PeerAborted;
-            return self.say(number, lead, &transaction::Message::Abort { reason });
+            return self.say(number, lead, transaction::Message::Abort { reason }.into());
         }
-        let join = Join { number, conns, by: Instant::now() + JOINING, letters: Vec::new() };
+        let join = Join { number, conns, by: Instant::now() + JOINING, said: Vec::new() };
         locked(&self.book).joins.push(join);
         self.site.bell.ring();
     }
 
-    fn hear(&self, batch: u64, conn: ConnId, message: transaction::Message) {
+    fn hear(&self, batch: u64, conn: ConnId, said: Said) {
         let mut book = locked(&self.book);
         if let Some(place) = book.joins.iter().position(|join| join.number == batch && join.conns[0] == conn)
         {
-            if let transaction::Message::Abort { .. } = message {
+            if let transaction::Message::Abort { .. } = said.message {
                 book.joins.remove(place);
             } else {
-                book.joins[place].letters.push(transaction::Event::Peer(message));
+                book.joins[place].said.push(said);
             }
             return;
         }
@@ -311,7 +318,7 @@ impl Session {
         if let Some(Stage::Moving { batch: now, mailbox }) = book.connections.get(&conn).map(|of| &of.stage)
             && *now == batch
         {
-            mailbox.put(transaction::Event::Peer(message));
+            mailbox.put(Told::FromPeer(said));
         }
     }
 
@@ -326,8 +333,8 @@ impl Session {
         }
     }
 
-    fn say(&self, batch: u64, lead: ConnId, message: &transaction::Message) {
-        self.write(lead, &Letter { batch, word: Word::Said(message.clone()) });
+    fn say(&self, batch: u64, lead: ConnId, said: Said) {
+        self.write(lead, &Letter { batch, word: Word::Said(said) });
     }
 
     pub(super) fn write(&self, conn: ConnId, letter: &Letter) {
