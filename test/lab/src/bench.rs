@@ -214,10 +214,11 @@ fn measure(key: &'static Key, options: &Options) -> Result<Report> {
     for part in (key.parts)(&setting)? {
         let first = rows.len();
         for round in 1..=most {
-            if round > rounds && !rows[first..].iter().any(Row::is_undecided) {
-                break;
-            }
-            once(&setting, key, &part, round, options.seconds, &mut rows)?;
+            let wanted = |way: &Way| {
+                round <= rounds || rows[first..].iter().any(|row| row.is_undecided() && row.compares(*way))
+            };
+            let ways: Vec<Way> = part.ways.iter().copied().filter(wanted).collect();
+            once(&setting, key, &part, &ways, round, options.seconds, &mut rows)?;
         }
     }
     let live = key.live.map(|live| live(&setting)).transpose()?;
@@ -233,17 +234,18 @@ fn measure(key: &'static Key, options: &Options) -> Result<Report> {
     Ok(report)
 }
 
-/// One round of a part, each way. Each round begins with another way, so that none has the first place for itself.
+/// One round of a part, these ways. Each round begins with another way, so that none has the first place for itself.
 fn once(
     setting: &Setting,
     key: &Key,
     part: &Part,
+    ways: &[Way],
     round: u32,
     seconds: u32,
     rows: &mut Vec<Row>,
 ) -> Result<()> {
-    let first = round as usize % part.ways.len();
-    for way in part.ways[first..].iter().chain(&part.ways[..first]) {
+    let (last, first) = ways.split_at(round as usize % ways.len().max(1));
+    for way in first.iter().chain(last) {
         let heading = format!("{} {}, round {round}, {}", key.name, part.name, way.name());
         setting.log(&format!("== {heading}\n"))?;
         let figures = part.once(setting, *way, seconds).context(heading.clone())?;

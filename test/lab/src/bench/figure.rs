@@ -144,6 +144,15 @@ impl Row {
         Some(Verdict { target: format!("{sign} {limit}{of}"), between: (low, high), outcome })
     }
 
+    /// Is the target about this way?
+    pub fn compares(&self, way: Way) -> bool {
+        match (self.quantity.target, way) {
+            (Some(_), Way::Router) | (Some(Target::OfHost(_)), Way::Host) => true,
+            (Some(Target::OfOverlay(_)), Way::Overlay) => true,
+            (Some(_) | None, _) => false,
+        }
+    }
+
     pub fn is_undecided(&self) -> bool {
         self.verdict().is_some_and(|verdict| verdict.outcome == Outcome::Undecided)
     }
@@ -198,6 +207,12 @@ mod tests {
         // One round of nine is chance.
         let rounds = [99.0, 99.0, 99.0, 99.0, 80.0, 99.0, 99.0, 99.0, 99.0];
         assert!(!row(&RATE, &rounds, &[100.0; 9]).is_undecided());
+    }
+
+    #[test]
+    fn a_target_is_about_the_router_and_what_it_is_compared_with() {
+        let row = row(&RATE, &[97.0], &[100.0]);
+        assert_eq!(Way::ALL.map(|way| row.compares(way)), [false, true, true]);
     }
 
     #[test]

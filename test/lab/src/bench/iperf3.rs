@@ -13,7 +13,7 @@ pub static KEY: Key = Key {
     title: "how much goes through, and what it costs",
     rules: Rules::File("rules/iperf3.yaml"),
     rounds: 3,
-    most_rounds: 6,
+    most_rounds: 9,
     parts,
     live: Some(live::measure),
 };

@@ -3,10 +3,15 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result};
-use lab::programs::{REDIS_PORT, command, redis, silent_redis_clients};
+use anyhow::{Context, Result, ensure};
+use lab::{
+    RULE_FOR_ALL_PODS, RouterOptions,
+    programs::{REDIS_PORT, command, redis, silent_redis_clients},
+};
 
-use super::{ALL_PODS, Figure, Key, Part, Quantity, Run, Setting, Way, figure::Target};
+use super::{
+    ALL_PODS, Figure, Key, Part, Quantity, Run, Setting, Way, figure::Target, setting::RULE_FOR_NOBODY,
+};
 
 pub static KEY: Key = Key {
     name: "redis",
@@ -55,21 +60,33 @@ fn parts(_: &Setting) -> Result<Vec<Part>> {
 
 /// Connections that say nothing, and are there before the routers.
 const OTHERS: usize = 500;
-/// The routers start when the busy clients have been at it for so long.
+/// The rule for all pods comes into force when the busy clients have been at it for so long.
 const BEFORE: Duration = Duration::from_secs(1);
 
 fn while_others_are_swapped(run: &Run<'_>) -> Result<Vec<Figure>> {
     let _redis = run.serve(&redis(run.address), REDIS_PORT)?;
     let _others = silent_redis_clients(run.client, run.address, OTHERS)?;
+    let lab = &run.setting.lab;
+    let rules = lab.h1.write_rules("redis", RULE_FOR_NOBODY)?;
+    if run.way == Way::Router {
+        lab.start_routers(&RouterOptions::with_rules(&rules))?;
+    }
     let requests = 2 * run.seconds * SINGLE_PER_S;
     let words = format!("redis-benchmark -h {} -t get -c 50 -n {requests} --csv", run.address);
     let busy = run.client.spawn("busy", &mut command(&words))?;
     if run.way == Way::Router {
         std::thread::sleep(BEFORE);
-        run.setting.start_routers()?;
+        let new = rules.with_extension("new");
+        std::fs::write(&new, RULE_FOR_ALL_PODS)?;
+        std::fs::rename(new, rules.join("pods"))?;
     }
     let lines = parse(&run.finish(busy)?)?;
     if run.way == Way::Router {
+        let swaps = lab.h1.status()?.swaps;
+        ensure!(
+            swaps as usize > OTHERS,
+            "{swaps} swaps while redis-benchmark ran, more than {OTHERS} expected"
+        );
         run.setting.stop_routers()?;
     }
     Ok(lines.into_iter().map(|(test, _, p99_ms)| BUSY_P99.of(test, p99_ms)).collect())

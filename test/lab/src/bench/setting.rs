@@ -38,7 +38,7 @@ containers:
   - { cgroup: podneighbour/neighbour, pod: neighbour, container: neighbour, podLabels: { app: iperf3 } }
 ";
 
-const RULE_FOR_NOBODY: &str = "type=cidr\nfrom=10.99.0.0/16\nto=10.99.0.0/16\n";
+pub const RULE_FOR_NOBODY: &str = "type=cidr\nfrom=10.99.0.0/16\nto=10.99.0.0/16\n";
 
 /// Where the server of a run is, as its client sees it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
