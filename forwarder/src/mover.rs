@@ -728,11 +728,7 @@ impl<'a> Running<'a> {
             self.silence_ends = None;
             return events.push_back(Event::SilenceOver);
         }
-        if let Some(event) = self.line.go_on(self.awaiting_word) {
-            self.awaiting_word &= !matches!(event, Event::Heard(_) | Event::WitnessEnded);
-            return events.push_back(event);
-        }
-        if let Some(event) = self.next_told() {
+        if let Some(event) = self.on_the_line().or_else(|| self.next_told()) {
             return events.push_back(event);
         }
         let until = [self.calms, self.look_at, budget_ends, self.silence_ends].into_iter().flatten().min();
@@ -755,7 +751,14 @@ impl<'a> Running<'a> {
                 Told::FromPeer(said) => return Some(Event::Peer(said.message)),
             }
         }
-        self.line.go_on(self.awaiting_word)
+        self.on_the_line()
+    }
+
+    fn on_the_line(&mut self) -> Option<Event> {
+        let event = self.line.go_on(self.awaiting_word);
+        // One word at a time.
+        self.awaiting_word &= !matches!(event, Some(Event::Heard(_) | Event::WitnessEnded));
+        event
     }
 
     fn sleep(&self, time: Duration) {
