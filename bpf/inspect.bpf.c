@@ -100,6 +100,7 @@ static __always_inline void read_tcp(struct socket_facts *facts, struct sock *sk
 	struct tcp_sock *tp = (void *)sk;
 	struct tcp_sock___signed *signature = (void *)sk;
 	struct inet_connection_sock *icsk = (void *)sk;
+	__u32 snd_up;
 	__s32 window;
 
 	facts->is_tcp = 1;
@@ -109,14 +110,16 @@ static __always_inline void read_tcp(struct socket_facts *facts, struct sock *sk
 	facts->shutdown = BPF_CORE_READ_BITFIELD_PROBED(sk, sk_shutdown);
 	facts->has_filter = BPF_CORE_READ(sk, sk_filter) != NULL;
 	facts->has_ulp = BPF_CORE_READ(icsk, icsk_ulp_ops) != NULL;
-	facts->write_seq = BPF_CORE_READ(tp, write_seq);
+	/* Each is behind the next, also where segments come and programs run in between. */
+	snd_up = BPF_CORE_READ(tp, snd_up);
 	facts->snd_una = BPF_CORE_READ(tp, snd_una);
-	facts->rcv_nxt = BPF_CORE_READ(tp, rcv_nxt);
+	facts->write_seq = BPF_CORE_READ(tp, write_seq);
 	facts->copied_seq = BPF_CORE_READ(tp, copied_seq);
+	facts->rcv_nxt = BPF_CORE_READ(tp, rcv_nxt);
 	window = BPF_CORE_READ(tp, rcv_wup) + BPF_CORE_READ(tp, rcv_wnd) - facts->rcv_nxt;
 	facts->receive_window = window > 0 ? window : 0;
 	facts->urgent = BPF_CORE_READ(tp, urg_data) != 0 ||
-			(__s32)(BPF_CORE_READ(tp, snd_up) - facts->snd_una) > 0;
+			(__s32)(snd_up - facts->snd_una) > 0;
 	facts->repair = BPF_CORE_READ_BITFIELD_PROBED(tp, repair);
 	if (bpf_core_field_exists(tp->is_mptcp))
 		facts->is_mptcp = BPF_CORE_READ(tp, is_mptcp);
