@@ -265,7 +265,7 @@ pub async fn run(parts: Parts, mut inlets: Inlets) -> anyhow::Result<()> {
     }
     let mut stop: Option<Stop> = None;
     // How many were swapped when what the last burst had left was given back.
-    let mut trimmed_at = 0;
+    let mut trimmed_at = None;
     let mut turn: u32 = 0;
     loop {
         turn = turn.wrapping_add(1);
@@ -287,9 +287,9 @@ pub async fn run(parts: Parts, mut inlets: Inlets) -> anyhow::Result<()> {
             _ = surroundings.tick() => {
                 coordinator.look_around().await;
                 let swapped = coordinator.ledger.swapped();
-                if coordinator.ledger.is_at_rest() && swapped != trimmed_at {
+                if coordinator.ledger.is_at_rest() && trimmed_at != Some(swapped) {
                     memory::trim();
-                    trimmed_at = swapped;
+                    trimmed_at = Some(swapped);
                 }
             }
             _ = scan.tick() => drop(coordinator.scan()),

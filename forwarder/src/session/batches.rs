@@ -60,7 +60,8 @@ struct Moving {
 
 impl Session {
     pub fn give_turns(self: Arc<Self>) {
-        let (mut rung, mut looked, mut trimmed) = (0, Instant::now(), true);
+        // What was needed to load the programs is free as well.
+        let (mut rung, mut looked, mut trimmed) = (0, Instant::now(), false);
         while self.is_open() {
             while let Some(batch) = self.join_next().or_else(|| self.form_next()) {
                 self.start_moving(batch);

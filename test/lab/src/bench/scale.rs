@@ -61,6 +61,7 @@ fn measure(run: &Run<'_>, case: &str, connections: usize) -> Result<Vec<Figure>>
     let host = &setting.lab.h1;
     setting.restart_forwarders()?;
     setting.start_routers()?;
+    std::thread::sleep(AT_REST);
     let before = Memory::of(host)?;
     setting.stop_routers()?;
 
@@ -132,9 +133,11 @@ impl Memory {
     }
 }
 
-/// Over two seconds, of one CPU.
+/// After that, a router and a forwarder have given back what they needed to start, or to move.
+const AT_REST: Duration = Duration::from_secs(3);
+
+/// Over so long, of one CPU.
 fn idle_percent(host: &Host) -> Result<f64> {
-    const TIME: Duration = Duration::from_secs(2);
     let cpu_ns = || -> Result<u64> {
         let mut sum = 0;
         for pid in pids(host)? {
@@ -147,8 +150,8 @@ fn idle_percent(host: &Host) -> Result<f64> {
         Ok(sum)
     };
     let before = cpu_ns()?;
-    std::thread::sleep(TIME);
-    Ok(cpu_ns()?.saturating_sub(before) as f64 / TIME.as_nanos() as f64 * 100.0)
+    std::thread::sleep(AT_REST);
+    Ok(cpu_ns()?.saturating_sub(before) as f64 / AT_REST.as_nanos() as f64 * 100.0)
 }
 
 fn pids(host: &Host) -> Result<[u32; 2]> {
