@@ -81,12 +81,13 @@ impl From<Message> for Said {
     }
 }
 
-/// What others tell a running transaction.
+/// What a running transaction is told.
 pub enum Told {
     FromPeer(Said),
     Cancel(Refusal),
 }
 
+/// Where others tell it.
 pub struct Mailbox {
     told: Mutex<VecDeque<Told>>,
     bell: EventFd,
@@ -763,10 +764,7 @@ impl<'a> Running<'a> {
 
     fn sleep(&self, time: Duration) {
         let mut fds = vec![PollFd::new(self.mover.mailbox.bell.as_fd(), PollFlags::POLLIN)];
-        let interest = self.line.interest(self.awaiting_word);
-        if !interest.is_empty() {
-            fds.push(PollFd::new(self.witness.as_fd(), interest));
-        }
+        fds.extend(self.line.awaited(self.awaiting_word));
         let _ = ppoll(&mut fds, Some(TimeSpec::from(time.min(LONGEST_SLEEP))), None);
     }
 

@@ -168,6 +168,10 @@ fn watch_parked(site: &Arc<Site>, current: &Current) -> io::Result<()> {
                     let session = locked(&current).clone().filter(|session| session.is_open());
                     if session.is_none() && ended.is_empty() {
                         site.release_forsaken();
+                        // The turns of a session end with it.
+                        if site.is_idle() {
+                            memory::trim();
+                        }
                     }
                     for conn in ended {
                         log::debug!("{conn}: its overlay connection has ended");

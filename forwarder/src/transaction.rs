@@ -46,7 +46,7 @@
 //! The *witness* is a connection between the two hosts that serves one transaction and nothing else. `C` and `I` are said by
 //! the blocks themselves, so that no forwarder is needed between the decider's gate and the end: a block goes through to
 //! its end without its forwarder. Its end without a word says that there will be none. What forwarders say on it (`F`, `P`)
-//! comes sooner than by way of both routers, while processes stand still.
+//! comes sooner than by way of both routers, while processes stand still; so do the unread bytes of looks, where they are many.
 //!
 //! Ways to fail, each ending with both ends on the old connection:
 //! * before `Promised`/the gate: either end thaws and tells the other;

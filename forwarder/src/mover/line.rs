@@ -13,7 +13,7 @@ use std::{
 use forwarder_api::{MAX_UNREAD_BYTES, Refusal};
 use nix::{
     errno::Errno,
-    poll::PollFlags,
+    poll::{PollFd, PollFlags},
     sys::socket::{MsgFlags, recv, send},
 };
 
@@ -91,12 +91,12 @@ impl<'a> Line<'a> {
         self.has_carried
     }
 
-    /// What to wait for; `listening`: for words, too.
-    pub fn interest(&self, listening: bool) -> PollFlags {
-        let mut interest = PollFlags::empty();
-        interest.set(PollFlags::POLLOUT, !self.out.is_empty());
-        interest.set(PollFlags::POLLIN, self.reads(listening));
-        interest
+    /// What to wait for, if anything; `listening`: for words, too.
+    pub fn awaited(&self, listening: bool) -> Option<PollFd<'a>> {
+        let mut flags = PollFlags::empty();
+        flags.set(PollFlags::POLLOUT, !self.out.is_empty());
+        flags.set(PollFlags::POLLIN, self.reads(listening));
+        (!flags.is_empty()).then(|| PollFd::new(self.witness, flags))
     }
 
     fn reads(&self, listening: bool) -> bool {

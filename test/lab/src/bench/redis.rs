@@ -67,18 +67,17 @@ fn while_others_are_swapped(run: &Run<'_>) -> Result<Vec<Figure>> {
     let _redis = run.serve(&redis(run.address), REDIS_PORT)?;
     let _others = silent_redis_clients(run.client, run.address, OTHERS)?;
     let lab = &run.setting.lab;
-    let rules = lab.h1.write_rules("redis", RULE_FOR_NOBODY)?;
+    let set_rule = |rule: &str| lab.hosts().into_iter().try_for_each(|host| host.replace_rule("pods", rule));
     if run.way == Way::Router {
-        lab.start_routers(&RouterOptions::with_rules(&rules))?;
+        set_rule(RULE_FOR_NOBODY)?;
+        lab.start_routers(&RouterOptions::default())?;
     }
     let requests = 2 * run.seconds * SINGLE_PER_S;
     let words = format!("redis-benchmark -h {} -t get -c 50 -n {requests} --csv", run.address);
     let busy = run.client.spawn("busy", &mut command(&words))?;
     if run.way == Way::Router {
         std::thread::sleep(BEFORE);
-        let new = rules.with_extension("new");
-        std::fs::write(&new, RULE_FOR_ALL_PODS)?;
-        std::fs::rename(new, rules.join("pods"))?;
+        set_rule(RULE_FOR_ALL_PODS)?;
     }
     let lines = parse(&run.finish(busy)?)?;
     if run.way == Way::Router {
