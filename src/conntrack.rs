@@ -6,7 +6,7 @@
 
 use std::{
     io,
-    net::{Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
 };
 
 use netlink_packet_core::{
@@ -19,7 +19,7 @@ use netlink_packet_netfilter::{
 use netlink_sys::{Socket, protocols::NETLINK_NETFILTER};
 use nix::libc;
 
-use crate::coordinator::wire::Tuple;
+use crate::{coordinator::wire::Tuple, endpoint::Endpoint};
 
 /// What an entry lives for once it is kept, if no packet comes: what the kernel gives one that is established.
 const KEPT_S: u32 = 5 * 24 * 3600;
@@ -37,8 +37,8 @@ pub enum ConntrackError {
 /// One direction of a tracked connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Direction {
-    source: SocketAddr,
-    destination: SocketAddr,
+    source: Endpoint,
+    destination: Endpoint,
 }
 
 /// A tracked connection: what its first packet had, and what the answers to it have.
@@ -78,7 +78,7 @@ impl Conntrack {
         socket.connect(&netlink_sys::SocketAddr::new(0, 0))?;
         socket.set_non_blocking(true)?;
         let mut conntrack = Conntrack { socket, sequence: 0 };
-        let nobody = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 0);
+        let nobody = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 0).into();
         conntrack.translation(Tuple { local: nobody, remote: nobody })?;
         Ok(conntrack)
     }
@@ -133,9 +133,9 @@ impl Conntrack {
 }
 
 fn request(own: Tuple, message: ConntrackMessage, flags: u16, sequence: u32) -> Vec<u8> {
-    let family = match own.local {
-        SocketAddr::V4(_) => NetfilterProtoFamily::IPv4,
-        SocketAddr::V6(_) => NetfilterProtoFamily::IPv6,
+    let family = match own.local.ip() {
+        IpAddr::V4(_) => NetfilterProtoFamily::IPv4,
+        IpAddr::V6(_) => NetfilterProtoFamily::IPv6,
     };
     let mut header = NetlinkHeader::default();
     (header.flags, header.sequence_number) = (flags, sequence);
@@ -197,8 +197,8 @@ fn direction(parts: &[TuplePart]) -> Option<Direction> {
         }
     }
     Some(Direction {
-        source: SocketAddr::new(source?, source_port?),
-        destination: SocketAddr::new(destination?, destination_port?),
+        source: SocketAddr::new(source?, source_port?).into(),
+        destination: SocketAddr::new(destination?, destination_port?).into(),
     })
 }
 

@@ -288,6 +288,7 @@ pub async fn run(parts: Parts, mut inlets: Inlets) -> anyhow::Result<()> {
                 coordinator.look_around().await;
                 let swapped = coordinator.ledger.swapped();
                 if coordinator.ledger.is_at_rest() && trimmed_at != Some(swapped) {
+                    coordinator.ledger.shrink();
                     memory::trim();
                     trimmed_at = Some(swapped);
                 }

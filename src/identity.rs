@@ -17,7 +17,10 @@ use libbpf_rs::{
     skel::{OpenSkel, SkelBuilder},
 };
 
-use crate::bytes::{as_bytes, mapped, unmapped};
+use crate::{
+    bytes::{as_bytes, mapped, unmapped},
+    endpoint::Endpoint,
+};
 
 crate::bpf::skeleton!("identity");
 use skeleton::types;
@@ -47,14 +50,14 @@ pub enum IdentityError {
 pub struct Names {
     /// Told when the socket closes.
     pub swap: u64,
-    pub local: SocketAddr,
-    pub remote: SocketAddr,
+    pub local: Endpoint,
+    pub remote: Endpoint,
 }
 
 impl Names {
     /// Of `struct identity`: addresses and ports in network order.
     pub fn read(swap: u64, local: ([u8; 16], u16), remote: ([u8; 16], u16)) -> Names {
-        let address = |(ip, port): ([u8; 16], u16)| SocketAddr::new(unmapped(ip), u16::from_be(port));
+        let address = |(ip, port): ([u8; 16], u16)| SocketAddr::new(unmapped(ip), u16::from_be(port)).into();
         Names { swap, local: address(local), remote: address(remote) }
     }
 }
@@ -120,7 +123,7 @@ impl Identity {
             remote: mapped(names.remote.ip()),
             local_port: names.local.port().to_be(),
             remote_port: names.remote.port().to_be(),
-            v6: u8::from(names.local.is_ipv6()),
+            v6: u8::from(names.local.ip().is_ipv6()),
             padding: [0; 3],
         };
         let key = host_socket.as_raw_fd().to_ne_bytes();

@@ -12,6 +12,7 @@ mod conntrack;
 mod control;
 mod coordinator;
 mod encryption;
+mod endpoint;
 mod forwarder;
 mod identity;
 mod lanes;

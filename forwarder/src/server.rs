@@ -170,7 +170,7 @@ fn watch_parked(site: &Arc<Site>, current: &Current) -> io::Result<()> {
                         site.release_forsaken();
                         // The turns of a session end with it.
                         if site.is_idle() {
-                            memory::trim();
+                            site.tidy();
                         }
                     }
                     for conn in ended {

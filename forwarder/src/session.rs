@@ -346,6 +346,7 @@ impl Session {
             Err(error) => return log::error!("sockets cannot be listed: {error}"),
         };
         self.send(&Event::Sockets { seq, sockets: sockets_in(&listed, cgroup_id) });
+        self.site.leave_untidy();
     }
 
     /// Give up all that this router has begun.

@@ -2,17 +2,19 @@
 //! What all transactions of this forwarder share: the loaded programs, which processes are reserved, and what is parked.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     os::fd::{AsFd, OwnedFd},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
+use bytes::{Bytes, BytesMut};
 use forwarder_api::{ConnId, Direction, Moved, ParkedConn, PrepareTarget, Refusal, SocketInode};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use smallvec::SmallVec;
 
 use crate::{
     fault::{self, Point},
@@ -38,8 +40,9 @@ pub struct Site {
     pub bell: Bell,
     /// Processes that take part in a transaction.
     reserved: Mutex<HashSet<Tgid>>,
-    /// In boxes: up to half of the room in a table is empty.
-    parked: Mutex<HashMap<ConnId, Box<Parked>>>,
+    parked: Mutex<BTreeMap<ConnId, Parked>>,
+    /// Memory was freed since [`Site::tidy`].
+    untidy: AtomicBool,
     /// Prepared, or being moved; true if released since: not to be parked again.
     in_hand: Mutex<HashMap<ConnId, bool>>,
     /// Watches the parked sockets for their end.
@@ -50,8 +53,8 @@ pub struct Site {
 /// A swapped connection of this host.
 pub struct Parked {
     /// Overlay sockets: one, or two for a connection within this host.
-    pub overlay: Vec<OwnedFd>,
-    pub note: Vec<u8>,
+    pub overlay: SmallVec<[OwnedFd; 2]>,
+    pub note: Bytes,
     /// With the host sockets that the applications have now.
     pub moved: Moved,
 }
@@ -61,7 +64,7 @@ pub struct Prepared {
     pub conn: ConnId,
     pub direction: Direction,
     pub ends: Vec<PreparedEnd>,
-    pub note: Vec<u8>,
+    pub note: Bytes,
     /// Way back only: what was parked. Put back by [`Site::park`] if the transaction is given up.
     pub parked: Option<Parked>,
     site: Arc<Site>,
@@ -101,6 +104,7 @@ impl Drop for Reserved {
             reserved.remove(tgid);
         }
         drop(reserved);
+        self.site.leave_untidy();
         self.site.bell.ring();
     }
 }
@@ -143,6 +147,7 @@ impl Site {
             bell: Bell::default(),
             reserved: Mutex::default(),
             parked: Mutex::default(),
+            untidy: AtomicBool::new(true),
             in_hand: Mutex::default(),
             ends: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
             // Not those of a forwarder before.
@@ -175,22 +180,22 @@ impl Site {
             conn,
             direction,
             ends: Vec::new(),
-            note: Vec::new(),
+            note: Bytes::new(),
             parked: None,
             site: Arc::clone(self),
         };
         let sockets = match (target, direction) {
             (PrepareTarget::Remote { socket, note }, Direction::ToHost) => {
-                prepared.note = note;
+                prepared.note = note.into();
                 vec![socket]
             }
             (PrepareTarget::Local { first, second, note }, Direction::ToHost) => {
-                prepared.note = note;
+                prepared.note = note.into();
                 vec![first, second]
             }
             (PrepareTarget::Parked, Direction::ToOverlay) => {
                 let parked = self.unpark(conn).ok_or(Refusal::NotParked)?;
-                let host = parked.moved.sockets.clone();
+                let host = parked.moved.sockets.to_vec();
                 prepared.note = parked.note.clone();
                 prepared.parked = Some(parked);
                 host
@@ -248,6 +253,28 @@ impl Site {
         locked(&self.reserved).is_empty()
     }
 
+    /// Memory was needed, and is not any more: there is something to be [tidied](Site::tidy).
+    pub fn leave_untidy(&self) {
+        self.untidy.store(true, Ordering::Relaxed);
+    }
+
+    /// Give back the memory that is free. What is parked lies scattered over it, because it came amid moves, each bit keeping a
+    /// page: it is put together.
+    pub fn tidy(&self) {
+        if !self.untidy.swap(false, Ordering::Relaxed) {
+            return;
+        }
+        let mut parked = locked(&self.parked);
+        // A tree that is collected has full nodes.
+        *parked = std::mem::take(&mut *parked).into_iter().collect();
+        let mut notes = BytesMut::with_capacity(parked.values().map(|parked| parked.note.len()).sum());
+        parked.values().for_each(|parked| notes.extend_from_slice(&parked.note));
+        let mut notes = notes.freeze();
+        parked.values_mut().for_each(|parked| parked.note = notes.split_to(parked.note.len()));
+        drop(parked);
+        memory::trim();
+    }
+
     /// None: one of them takes part in something else.
     pub fn reserve(self: &Arc<Self>, tgids: Vec<Tgid>) -> Option<Reserved> {
         let mut reserved = locked(&self.reserved);
@@ -270,7 +297,7 @@ impl Site {
                 log::warn!("{conn}: the end of its overlay connection will not be noticed: {error}");
             }
         }
-        all.insert(conn, Box::new(parked));
+        all.insert(conn, parked);
     }
 
     /// The registration goes with it: it would stay with the socket wherever that goes.
@@ -279,7 +306,7 @@ impl Site {
         for socket in &parked.overlay {
             let _ = self.ends.delete(socket);
         }
-        Some(*parked)
+        Some(parked)
     }
 
     /// Close the overlay sockets of a connection that is over, or will be as soon as its transaction is.
@@ -287,6 +314,7 @@ impl Site {
         match self.unpark(conn) {
             Some(parked) => {
                 reset_all(&parked);
+                self.leave_untidy();
                 true
             }
             None => {
@@ -329,7 +357,7 @@ impl Site {
     /// Release what belongs to host sockets that nobody holds any more: without a router, nobody else tells.
     pub fn release_forsaken(&self) {
         let host_sockets = |parked: &Parked| parked.moved.sockets.clone();
-        let parked: Vec<(ConnId, Vec<SocketInode>)> =
+        let parked: Vec<_> =
             locked(&self.parked).iter().map(|(conn, parked)| (*conn, host_sockets(parked))).collect();
         if parked.is_empty() {
             return;
@@ -373,8 +401,8 @@ impl Site {
             .iter()
             .map(|(conn, parked)| ParkedConn {
                 conn: *conn,
-                host_sockets: parked.moved.sockets.clone(),
-                note: parked.note.clone(),
+                host_sockets: parked.moved.sockets.to_vec(),
+                note: parked.note.to_vec(),
                 moved: parked.moved.clone(),
             })
             .collect()
@@ -423,4 +451,26 @@ pub fn report(error: InspectError) -> Refusal {
 /// A lock whose holder panicked still guards plain data: go on with it.
 pub fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tidying_leaves_each_parked_connection_its_note() {
+        let site = Site::new(Programs::load().unwrap()).unwrap();
+        let notes = [&b"one"[..], b"", b"and three"];
+        for (conn, note) in notes.iter().enumerate() {
+            let parked =
+                Parked { overlay: SmallVec::new(), note: note.to_vec().into(), moved: Moved::default() };
+            site.park(ConnId(conn as u64), parked);
+        }
+        site.tidy();
+        assert!(site.release(ConnId(1)));
+        site.tidy();
+        let left: Vec<_> =
+            site.list_parked().into_iter().map(|parked| (parked.conn.0, parked.note)).collect();
+        assert_eq!(left, [(0, b"one".to_vec()), (2, b"and three".to_vec())]);
+    }
 }

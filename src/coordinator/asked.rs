@@ -13,6 +13,7 @@ use super::{
     ledger::Ledger,
     lookup::{side_of, tuple_of},
     tally::Tally,
+    wire::Tuple,
 };
 use crate::peers::PeerAddress;
 
@@ -208,8 +209,8 @@ fn flows_of<'a>(ledger: &'a Ledger, subject: &Subject, shown: &[&SocketRecord]) 
     let is_about = |flow: &&Flow| match subject {
         Subject::Conn(conn) => flow.conn == *conn,
         Subject::Addresses { local, remote } => {
-            let ends = (flow.tuple.local, flow.tuple.remote);
-            ends == (*local, *remote) || ends == (*remote, *local)
+            let asked = Tuple { local: (*local).into(), remote: (*remote).into() };
+            flow.tuple == asked || flow.tuple == asked.reversed()
         }
         Subject::Process { sockets, .. } => {
             sockets.contains(&flow.socket) || shown.iter().any(|record| record.socket == flow.socket)

@@ -308,8 +308,8 @@ impl Flow {
         let moving = self.attempt.as_ref().is_some_and(|attempt| attempt.negotiation.is_moving());
         FlowView {
             conn: self.conn.to_string(),
-            local: self.tuple.local,
-            remote: self.tuple.remote,
+            local: self.tuple.local.into(),
+            remote: self.tuple.remote.into(),
             workload: self.workload.name.clone(),
             side: self.side,
             path: match (moving, self.on_host()) {

@@ -216,7 +216,7 @@ pub struct Ledger {
     flows: BTreeMap<Tuple, Box<Flow>>,
     /// What routers call those that this host translates.
     translated: HashMap<Tuple, Tuple>,
-    conns: HashMap<ConnId, Tuple>,
+    conns: BTreeMap<ConnId, Tuple>,
     alarms: BTreeSet<(Instant, Tuple)>,
     /// Peers that are to be reached, and whether they are.
     peers: BTreeMap<PeerAddress, bool>,
@@ -245,7 +245,7 @@ impl Ledger {
         Ledger {
             flows: BTreeMap::new(),
             translated: HashMap::new(),
-            conns: HashMap::new(),
+            conns: BTreeMap::new(),
             alarms: BTreeSet::new(),
             peers: BTreeMap::new(),
             accused: BTreeMap::new(),
@@ -332,6 +332,13 @@ impl Ledger {
     /// No connection is on its way by our lead.
     pub fn is_at_rest(&self) -> bool {
         self.attempts == 0
+    }
+
+    /// Keep no room for more than there are. A tree that is collected has full nodes; one that has grown, half empty ones.
+    pub fn shrink(&mut self) {
+        self.flows = std::mem::take(&mut self.flows).into_iter().collect();
+        self.conns = std::mem::take(&mut self.conns).into_iter().collect();
+        self.translated.shrink_to_fit();
     }
 
     pub fn len(&self) -> usize {

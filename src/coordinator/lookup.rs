@@ -77,7 +77,7 @@ pub fn side_of(record: &SocketRecord) -> Side {
 }
 
 pub fn tuple_of(record: &SocketRecord) -> Tuple {
-    Tuple { local: record.local, remote: record.remote }
+    Tuple { local: record.local.into(), remote: record.remote.into() }
 }
 
 impl Lookup {
@@ -141,7 +141,7 @@ impl Lookup {
 
     /// A connection that tracing has shown; `None` if it is the host's own, or left to the next scan.
     pub async fn connection(&mut self, seen: &Connection) -> Option<Learned> {
-        let tuple = Tuple { local: seen.local, remote: seen.remote };
+        let tuple = Tuple { local: seen.local.into(), remote: seen.remote.into() };
         let known = Seen { tuple, side: seen.side, v6: seen.v6, netns: seen.netns, socket: seen.socket };
         let tgid = self.processes.find(seen.cgroup_id, seen.netns).unwrap_or_else(|error| {
             log::warn!("{error}");

@@ -10,6 +10,8 @@ use std::net::SocketAddr;
 use forwarder_api::{ConnId, Direction, Holder, MAX_UNREAD_BYTES, Refusal};
 use serde::{Deserialize, Serialize};
 
+use crate::endpoint::Endpoint;
+
 /// Bumped with every change of [`Message`], and of what the forwarders say through it.
 pub const VERSION: u16 = 7;
 pub const PREAMBLE: usize = 8;
@@ -53,8 +55,8 @@ pub struct Rendezvous {
 /// The overlay addresses of a connection, as the end sees them that `local` belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Tuple {
-    pub local: SocketAddr,
-    pub remote: SocketAddr,
+    pub local: Endpoint,
+    pub remote: Endpoint,
 }
 
 impl Tuple {
@@ -237,7 +239,7 @@ mod tests {
             Message::Refuse { attempted, reason: Refusal::IoUring },
             Message::Accept {
                 attempted,
-                rendezvous: Rendezvous { host: Some((tuple.local, token)), witness: token },
+                rendezvous: Rendezvous { host: Some((tuple.local.into(), token)), witness: token },
                 holder: Holder(1),
             },
             Message::Begin { attempted },

@@ -11,6 +11,7 @@ mod refusal;
 use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
+use smallvec::SmallVec;
 
 pub use frame::{Frame, FrameError, MAX_FRAME};
 pub use refusal::Refusal;
@@ -217,7 +218,7 @@ pub struct Moved {
     pub threads: u32,
     pub fds: u32,
     /// The sockets now installed: one, or two (`first`, `second`) for a connection within this host.
-    pub sockets: Vec<SocketInode>,
+    pub sockets: SmallVec<[SocketInode; 2]>,
 }
 
 /// A TCP socket and one descriptor of it, as the kernel showed it to a BPF iterator.

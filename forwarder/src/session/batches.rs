@@ -60,8 +60,7 @@ struct Moving {
 
 impl Session {
     pub fn give_turns(self: Arc<Self>) {
-        // What was needed to load the programs is free as well.
-        let (mut rung, mut looked, mut trimmed) = (0, Instant::now(), false);
+        let (mut rung, mut looked) = (0, Instant::now());
         while self.is_open() {
             while let Some(batch) = self.join_next().or_else(|| self.form_next()) {
                 self.start_moving(batch);
@@ -72,11 +71,8 @@ impl Session {
             }
             let before = rung;
             rung = self.site.bell.wait(before, LOOK);
-            if rung != before {
-                trimmed = false;
-            } else if !trimmed && self.site.is_idle() {
-                memory::trim();
-                trimmed = true;
+            if rung == before && self.site.is_idle() {
+                self.site.tidy();
             }
         }
     }

@@ -110,7 +110,7 @@ fn a_translation_is_shown() {
 fn a_hosts_own_address_that_its_router_says_nothing_about_is_the_hosts() {
     let of_the_peer_itself = |flow: &mut Flow, _| {
         flow.peer_says = PeerSays::Nothing;
-        flow.tuple.remote.set_ip(PEER.parse().unwrap());
+        flow.tuple.remote = SocketAddr::new(PEER.parse().unwrap(), flow.tuple.remote.port()).into();
     };
     check(of_the_peer_itself, "(host_address)");
 }

@@ -235,8 +235,8 @@ fn of_too_many_connections_each_gets_its_turn_also_after_a_refusal() {
     world.moves_wait = true;
     let many = 2 * MAX_ATTEMPTS + 100;
     for number in 0..many {
-        let mut tuple = tuple();
-        tuple.local.set_port(10_000 + number as u16);
+        let local = SocketAddr::new(tuple().local.ip(), 10_000 + number as u16).into();
+        let tuple = Tuple { local, ..tuple() };
         for (host, tuple) in [(0, tuple), (1, tuple.reversed())] {
             let event = world.learned(tuple, Home::Peer(addresses()[1 - host]), None);
             world.at(host, event);
@@ -526,9 +526,10 @@ fn a_connection_whose_ends_know_other_addresses_is_swapped_and_each_keeps_its_ow
             }
         }
         world.expect_all(Shown::Host);
-        let views = [world.view(0), world.view(1)].map(|view| (view.local, view.remote));
+        let views = [world.view(0), world.view(1)]
+            .map(|view| Tuple { local: view.local.into(), remote: view.remote.into() });
         let (own, other) = (to_service(), tuple().reversed());
-        assert_eq!(views, [(own.local, own.remote), (other.local, other.remote)]);
+        assert_eq!(views, [own, other]);
         assert_eq!(world.names[0], [to_service()]);
         assert_eq!(world.names[1], [tuple().reversed()]);
     }
@@ -556,6 +557,17 @@ fn a_peer_may_not_call_a_translated_connection_by_its_socket() {
 }
 
 #[test]
+fn a_ledger_that_was_shrunk_knows_what_it_knew() {
+    let mut world = World::new();
+    world.learn(0, None);
+    world.learn(1, None);
+    world.expect_all(Shown::Host);
+    world.ledgers.iter_mut().for_each(Ledger::shrink);
+    world.at(0, Event::Order(tuple(), Direction::ToOverlay));
+    world.expect_all(Shown::Overlay);
+}
+
+#[test]
 fn of_two_connections_that_are_called_the_same_the_later_is_meant() {
     let mut world = World::new();
     let elsewhere = "10.244.1.98:40002".parse().unwrap();
@@ -569,7 +581,7 @@ fn of_two_connections_that_are_called_the_same_the_later_is_meant() {
 
 #[test]
 fn a_masqueraded_client_is_believed_to_be_one_when_its_router_says_so() {
-    let masqueraded = Tuple { local: SocketAddr::new(HERE, 61_000), ..tuple() };
+    let masqueraded = Tuple { local: SocketAddr::new(HERE, 61_000).into(), ..tuple() };
     let mut world = World::new();
     world.at(1, world.learned(masqueraded.reversed(), Home::Peer(HERE), None));
     world.wait(Duration::from_secs(2));
@@ -580,8 +592,7 @@ fn a_masqueraded_client_is_believed_to_be_one_when_its_router_says_so() {
 
 #[test]
 fn both_ends_of_a_translated_connection_within_one_host_are_swapped_together() {
-    let server: SocketAddr = "10.244.1.10:8080".parse().unwrap();
-    let seen: SocketAddr = "10.244.1.1:61000".parse().unwrap();
+    let (server, seen) = ("10.244.1.10:8080".parse().unwrap(), "10.244.1.1:61000".parse().unwrap());
     // Whichever address is the smaller.
     for client in ["10.244.1.9:40000", "10.244.1.11:40000"] {
         let client = Tuple { local: client.parse().unwrap(), ..to_service() };

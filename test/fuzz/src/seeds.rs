@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What is well-formed, for fuzzers to begin with. `examples/seeds.rs` writes it to files.
 
+use std::net::SocketAddr;
+
 use ebpf_router::wire::{
     Attempted, Cause, Message, Purpose, Rendezvous, TOKEN, Token, Tuple, encode, preamble,
 };
@@ -25,10 +27,11 @@ pub fn all() -> [(&'static str, Seeds); 8] {
 /// Frames of a peer.
 pub fn wire() -> Seeds {
     let (attempted, token) = (Attempted { conn: ConnId(7), number: 9 }, Token([3; TOKEN]));
-    let tuple =
-        Tuple { local: ([10, 244, 1, 9], 40000).into(), remote: ([0xfd00, 0, 0, 0, 0, 0, 0, 2], 80).into() };
+    let local: SocketAddr = ([10, 244, 1, 9], 40000).into();
+    let remote: SocketAddr = ([0xfd00, 0, 0, 0, 0, 0, 0, 2], 80).into();
+    let tuple = Tuple { local: local.into(), remote: remote.into() };
     let (direction, cause) = (Direction::ToHost, Cause::Rules);
-    let rendezvous = Rendezvous { host: Some((tuple.local, token)), witness: token };
+    let rendezvous = Rendezvous { host: Some((local, token)), witness: token };
     let messages = [
         Message::Know { tuple, declined: Some(Refusal::NoRuleMatches), answer: true },
         Message::Ask { tuple, direction, cause },
