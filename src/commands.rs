@@ -102,7 +102,12 @@ fn report(conn: ConnId, to: &str, moved: &Moved) -> Result<()> {
             Ok(show(&format!("{conn} is on {to}{pause}\n"))?)
         }
         Moved::Refused(reason) => bail!("{conn} was not moved to {to}: {reason} ({})", reason.label()),
+        Moved::Unknown => bail!(unknown(conn)),
     }
+}
+
+fn unknown(conn: ConnId) -> String {
+    format!("{conn}: the router knows no such connection: it may be over; see `router flows`")
 }
 
 fn status_text(status: &Status) -> String {

@@ -35,8 +35,12 @@ pub enum Question {
 /// What came of a move that was ordered.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Moved {
-    Done { pause_us: u64 },
+    Done {
+        pause_us: u64,
+    },
     Refused(Refusal),
+    /// The router knows no such connection.
+    Unknown,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -125,8 +129,9 @@ async fn answer(mut stream: UnixStream, wishes: &mpsc::Sender<Wish>) -> io::Resu
 
 async fn moved(wishes: &mpsc::Sender<Wish>, conn: ConnId, direction: Direction) -> io::Result<Moved> {
     Ok(match asked(wishes, |answer| Wish::Move(conn, direction, answer)).await? {
-        Ok(pause_us) => Moved::Done { pause_us },
-        Err(reason) => Moved::Refused(reason),
+        Some(Ok(pause_us)) => Moved::Done { pause_us },
+        Some(Err(reason)) => Moved::Refused(reason),
+        None => Moved::Unknown,
     })
 }
 

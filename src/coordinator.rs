@@ -110,9 +110,11 @@ pub enum Wish {
     Peers(oneshot::Sender<Vec<PeerView>>),
     /// A stop in the next while leaves connections where they are. The answer is how long that holds.
     Leave(oneshot::Sender<Duration>),
-    /// The answer is the pause in microseconds, or the reason why not.
-    Move(ConnId, Direction, oneshot::Sender<Result<u64, Refusal>>),
+    Move(ConnId, Direction, oneshot::Sender<Answer>),
 }
+
+/// What came of an order: the pause in microseconds, or the reason why not. None: no such connection is known.
+pub type Answer = Option<Result<u64, Refusal>>;
 
 /// `router status`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -180,7 +182,7 @@ struct Coordinator {
     /// Connections to peers that the forwarder has not been given yet.
     lines: HashMap<ConnId, Lines>,
     scans: Scans,
-    waiting: HashMap<Tuple, Vec<oneshot::Sender<Result<u64, Refusal>>>>,
+    waiting: HashMap<Tuple, Vec<oneshot::Sender<Answer>>>,
     turned_away: Arc<AtomicU64>,
     to_sessions: lanes::Sender<SessionEvent>,
     to_made: mpsc::Sender<Made>,
@@ -459,7 +461,7 @@ impl Coordinator {
             }
             Wish::Move(conn, direction, answer) => {
                 let Some(tuple) = self.ledger.find(conn).map(|flow| flow.tuple) else {
-                    let _ = answer.send(Err(Refusal::NotEstablished));
+                    let _ = answer.send(None);
                     return;
                 };
                 self.waiting.entry(tuple).or_default().push(answer);

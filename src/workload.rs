@@ -86,6 +86,7 @@ impl Workloads {
         runtimes: Runtimes,
     ) -> Result<(Workloads, mpsc::Receiver<Told>), LabelError> {
         let file = labels.map(LabelsFile::load).transpose()?.unwrap_or_default();
+        runtimes.tell_of_missing();
         // Room for all that are asked: nobody waits to give an answer.
         let (told, receiver) = mpsc::channel(MAX_ASKED);
         Ok((Workloads { file, runtimes: Arc::new(runtimes), known: HashMap::new(), told }, receiver))

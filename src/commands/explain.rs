@@ -55,9 +55,7 @@ pub fn explain(Asked(subject): Asked, json: bool, control: &Path) -> Result<()> 
     }
     match subject {
         _ if !explained.is_empty() => Ok(()),
-        Subject::Conn(conn) => {
-            bail!("{conn}: the router knows no such connection: it may be over; see `router flows`")
-        }
+        Subject::Conn(conn) => bail!(super::unknown(conn)),
         Subject::Addresses { local, remote } => bail!(
             "{local}-{remote}: no container of this host has such a connection, or it is over; is this the right host, and \
              are the addresses those that the container sees?"

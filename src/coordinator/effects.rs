@@ -81,7 +81,7 @@ impl Coordinator {
             }
             Action::Answer(tuple, result) => {
                 for waiting in self.waiting.remove(&tuple).unwrap_or_default() {
-                    let _ = waiting.send(result);
+                    let _ = waiting.send(Some(result));
                 }
             }
             Action::ReportStall { conn, tuple, unacknowledged_bytes } => log::warn!(

@@ -136,6 +136,17 @@ impl Runtimes {
         Ok(Runtimes { list })
     }
 
+    /// For the log: one that was given, and is not here.
+    pub fn tell_of_missing(&self) {
+        for runtime in self.expected().filter(|runtime| !runtime.socket.exists()) {
+            log::warn!(
+                "{}: no container runtime is there (--runtime, ROUTER_RUNTIME); rules that name labels match nothing until \
+                 there is one",
+                runtime.socket.display()
+            );
+        }
+    }
+
     pub fn are_none(&self) -> bool {
         self.list.is_empty()
     }

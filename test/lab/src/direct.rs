@@ -11,6 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
@@ -18,6 +19,14 @@ use crate::{Flow, Host, Status};
 
 /// Longer than a router pursues an order.
 const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Where each thread of a process stands, and how busy the machine is.
+fn what_it_does(pid: i32) -> String {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let of_threads = threads.flat_map(|thread| ["stat", "stack"].map(|file| thread.path().join(file)));
+    let texts = of_threads.chain([PathBuf::from("/proc/loadavg")]).map(std::fs::read_to_string);
+    texts.map(|text| text.unwrap_or_else(|error| format!("{error}\n"))).collect()
+}
 
 /// The control socket of a host's router, whichever runs there.
 #[derive(Clone)]
@@ -63,7 +72,8 @@ impl Direct {
                 Ok(Some(serde_json::from_slice(&answer).with_context(text)?))
             }
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
-                bail!("no answer to {question} within {PATIENCE:?}")
+                let pid = getsockopt(&stream, PeerCredentials).map(|of| of.pid())?;
+                bail!("no answer to {question} within {PATIENCE:?}; process {pid}:\n{}", what_it_does(pid))
             }
             Err(_) => Ok(None),
         }

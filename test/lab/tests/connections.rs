@@ -3,7 +3,7 @@
 
 use std::{process::Command, time::Duration};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use lab::{
     DEADLINE, Family, RouterOptions, Scene,
     measure::{SOCKPERF_PORT, ping_pong},
@@ -108,6 +108,17 @@ fn ten_connections_are_swapped_at_once() -> Result<()> {
     }
     for stream in streams {
         stream.finish()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn an_order_for_a_connection_that_nobody_knows_says_so() -> Result<()> {
+    const UNKNOWN: &str = "0000000000000007";
+    let scene = Scene::with_routers("unknown")?;
+    for refused in [scene.lab.h1.swap(UNKNOWN), scene.lab.h1.swap_back(UNKNOWN)] {
+        let said = format!("{:#}", refused.err().context("it was carried out")?);
+        ensure!(said.contains(&format!("{UNKNOWN}: the router knows no such connection")), "{said}");
     }
     Ok(())
 }
