@@ -11,6 +11,7 @@
 #include "inspect.h"
 #include "pid.h"
 #include "socket.h"
+#include "options.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
@@ -147,6 +148,7 @@ int inspect_socket(struct bpf_raw_tracepoint_args *ctx)
 	facts->file = (__u64)file;
 	facts->refs = file_refs(file);
 	facts->inode = BPF_CORE_READ(file, f_inode, i_ino);
+	facts->options = options_of(file, sk);
 	read_tcp(facts, sk);
 	read_watchers(facts, file);
 	return 0;

@@ -26,6 +26,8 @@ struct socket_facts {
 	__u64 file;
 	__u64 refs;
 	__u64 inode;
+	/* See options.h. */
+	__u64 options;
 	__u32 netns;
 	__u32 is_tcp;
 	__u32 family;

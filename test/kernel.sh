@@ -8,6 +8,7 @@
 # SOURCE is the main file of a test executable, FILTER chooses tests in it as `cargo test` does ('' takes them all).
 # Without them, those listed here run.
 tests=(
+    forwarder/src/lib.rs             options::
     test/lab/tests/lab.rs            two_labs_with_the_same_addresses_are_up_at_once
     test/lab/tests/tracing.rs        traced
     test/lab/tests/young.rs          after_zero_swaps_at_once

@@ -25,7 +25,7 @@ use crate::{
     holders::{Descriptors, Holders, Table, plan},
     inject::{Block, Done, Gate, Lend, RECOVERY, channel},
     inspect::{FdFacts, InspectError, Inspector, SocketFacts},
-    options::{Options, SendRoom, acknowledge, make_room_for_carried},
+    options::{Given, SendRoom, acknowledge, make_room_for_carried},
     process::{self, RemoteFd, Tgid},
     site::{PreparedEnd, may_be_moved},
     table::{Plan, Rank, Silence, Verdict},
@@ -152,8 +152,8 @@ pub struct Substitution<'a> {
     pub new: BorrowedFd<'a>,
     pub facts: SocketFacts,
     pub holders: &'a Holders,
-    /// Those of the old one that the new one has already.
-    pub options: &'a Options,
+    /// The options of the old one that the new one has already.
+    pub given: &'a Given,
 }
 
 /// What goes from one new socket to its peer, and comes to it.
@@ -213,7 +213,7 @@ impl Armed {
     ) -> Result<Armed, Refusal> {
         for pair in pairs {
             in_time(deadline)?;
-            pair.options.keep_up(pair.old, pair.new)?;
+            pair.given.keep_up(pair.old, &pair.facts, pair.new)?;
         }
         let plans = plans(frozen, inspector, pairs)?;
         let new: Vec<BorrowedFd<'_>> = pairs.iter().map(|pair| pair.new).collect();

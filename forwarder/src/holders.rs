@@ -240,6 +240,7 @@ mod tests {
         SocketFacts {
             file: 100,
             refs: 0,
+            options: None,
             inode: 1,
             netns: 1,
             v6: false,

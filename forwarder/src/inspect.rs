@@ -11,6 +11,7 @@ use std::{
     io::{BufRead, BufReader, Read},
     mem::MaybeUninit,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    num::NonZeroU64,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
     sync::{
         Arc,
@@ -66,6 +67,10 @@ pub struct Watcher {
     pub data: u64,
 }
 
+/// Stands for all options of a socket but the sizes of its buffers: another for each other set of them (`bpf/options.h`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OptionsMark(NonZeroU64);
+
 /// A TCP socket, seen at one moment.
 #[derive(Clone, Debug)]
 pub struct SocketFacts {
@@ -74,6 +79,8 @@ pub struct SocketFacts {
     /// References to the open file, the descriptor used for looking included.
     pub refs: u64,
     pub inode: u64,
+    /// None: this kernel keeps some of them where nobody looks.
+    pub options: Option<OptionsMark>,
     pub netns: u32,
     pub v6: bool,
     pub state: u32,
@@ -359,6 +366,7 @@ impl From<types::socket_facts> for SocketFacts {
             file: facts.file,
             refs: facts.refs,
             inode: facts.inode,
+            options: NonZeroU64::new(facts.options).map(OptionsMark),
             netns: facts.netns,
             v6: facts.family == libc::AF_INET6 as u32,
             state: facts.state,

@@ -42,7 +42,7 @@ use crate::{
     freeze::{Frozen, next_nap},
     holders::has_fired_one_shot,
     inspect::{Inspector, SocketFacts, TCP_ESTABLISHED},
-    options::{Options, Pushed, ReceiveRoom, acknowledge},
+    options::{Given, Pushed, ReceiveRoom, acknowledge},
     process::{self, not_made},
     queue,
     site::{Parked, Prepared, PreparedEnd, Site, locked, report, reset, tgids_of},
@@ -152,7 +152,7 @@ pub struct Member {
     pub prepared: Prepared,
     /// For each end, the socket that takes its place, and the options that were given to it.
     pub new: Vec<OwnedFd>,
-    pub options: Vec<Options>,
+    pub given: Vec<Given>,
     /// The connection of the transaction itself, see [`crate::transaction`]: the first member's serves for all. None
     /// within a host.
     pub witness: Option<OwnedFd>,
@@ -174,18 +174,14 @@ impl Member {
         if !complete {
             return Err(Refusal::HostPathFailed);
         }
-        Ok(Member { prepared, new, options: Vec::new(), witness })
+        Ok(Member { prepared, new, given: Vec::new(), witness })
     }
 
     /// While the application runs: there are many.
-    fn give_options(&mut self) -> Result<(), Refusal> {
+    fn give_options(&mut self, inspector: &Inspector) -> Result<(), Refusal> {
         let ends = self.prepared.ends.iter().zip(&self.new);
-        let given = ends.map(|(end, new)| {
-            let options = Options::of(end.old.as_fd(), end.v6)?;
-            options.give(new.as_fd())?;
-            Ok(options)
-        });
-        self.options = given.collect::<Result<_, Refusal>>()?;
+        let given = ends.map(|(end, new)| Given::from(end.old.as_fd(), end.v6, new.as_fd(), inspector));
+        self.given = given.collect::<Result<_, Refusal>>()?;
         Ok(())
     }
 }
@@ -236,10 +232,10 @@ impl Remote {
         let processes = tgids_of(ends()).len();
         let (site, direction) = (Arc::clone(&self.site), self.direction());
         let ends = ends().count();
-        let given = self.members.iter_mut().try_for_each(Member::give_options);
+        let members = &mut self.members;
         let readied = || -> Result<_, Refusal> {
-            given?;
             let inspector = site.programs.inspector().map_err(report)?;
+            members.iter_mut().try_for_each(|member| member.give_options(&inspector))?;
             let room = site.rooms.promise(processes, ends)?;
             Ok((inspector, room))
         }();
@@ -417,13 +413,13 @@ fn looks<'a>(
 /// For all ends of these connections, with what the facts say of each.
 fn substitutions<'a>(members: &'a [Member], facts: &[SocketFacts]) -> Vec<Substitution<'a>> {
     let places =
-        members.iter().flat_map(|member| member.prepared.ends.iter().zip(&member.new).zip(&member.options));
-    let substitutions = places.zip(facts).map(|(((end, new), options), facts)| Substitution {
+        members.iter().flat_map(|member| member.prepared.ends.iter().zip(&member.new).zip(&member.given));
+    let substitutions = places.zip(facts).map(|(((end, new), given), facts)| Substitution {
         old: end.old.as_fd(),
         new: new.as_fd(),
         facts: facts.clone(),
         holders: &end.holders,
-        options,
+        given,
     });
     substitutions.collect()
 }
@@ -646,9 +642,10 @@ impl<'a> Running<'a> {
             self.facts = facts.collect::<Result<Vec<_>, Refusal>>()?;
             let looks = looks(self.ends(), &self.facts, self.with_unread)?;
             if self.receive_rooms.is_empty() && self.mover.task.manner == Manner::Settle {
-                // Something is on its way, and nobody reads: make room for it to land.
+                // Something may be on its way, and nobody reads: make room for it to land. Where all was read there is.
+                let full = self.ends().zip(&self.facts).filter(|(_, facts)| facts.unread_bytes() > 0);
                 let make = |end: &'a PreparedEnd| ReceiveRoom::make(end.old.as_fd(), MAX_UNREAD_BYTES).ok();
-                self.receive_rooms = self.ends().filter_map(make).collect();
+                self.receive_rooms = full.filter_map(|(end, _)| make(end)).collect();
             }
             Ok(looks)
         }();

@@ -8,6 +8,8 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use forwarder_api::Refusal;
 use nix::sys::socket::MsgFlags;
 
+use crate::inspect::{Inspector, OptionsMark, SocketFacts};
+
 /// An option that is one `int`, by level and name.
 struct IntOption {
     level: i32,
@@ -33,7 +35,6 @@ const TCP_INQ: i32 = 36;
 const SO_BUF_LOCK: i32 = 72;
 const SO_PEEK_OFF: i32 = 42;
 const SO_PREFER_BUSY_POLL: i32 = 69;
-const SO_BUSY_POLL_BUDGET: i32 = 70;
 const SOCK_SNDBUF_LOCK: i32 = 1;
 const SOCK_RCVBUF_LOCK: i32 = 2;
 
@@ -54,7 +55,6 @@ const INT_OPTIONS: &[IntOption] = &[
     int(libc::SOL_SOCKET, libc::SO_OOBINLINE),
     int(libc::SOL_SOCKET, libc::SO_BUSY_POLL),
     int(libc::SOL_SOCKET, SO_PREFER_BUSY_POLL),
-    int(libc::SOL_SOCKET, SO_BUSY_POLL_BUDGET),
     int(libc::SOL_SOCKET, libc::SO_TIMESTAMP),
     int(libc::SOL_SOCKET, libc::SO_TIMESTAMPNS),
     int(libc::SOL_SOCKET, libc::SO_TIMESTAMPING),
@@ -202,12 +202,43 @@ impl Options {
         }
         self.file.give(new)
     }
+}
 
-    /// These were given to `new` a while ago: what was changed at `old` since is changed there, too. But for its buffers,
-    /// whose sizes may be ours now.
-    pub fn keep_up(&self, old: BorrowedFd<'_>, new: BorrowedFd<'_>) -> Result<(), Refusal> {
-        let now = Options::with_buffers(old, self.v6, self.buffers)?;
-        if now == *self { Ok(()) } else { now.give(new) }
+/// The options of an old socket that its new one has been given.
+pub struct Given {
+    options: Options,
+    /// The new one's since.
+    mark: Option<OptionsMark>,
+}
+
+impl Given {
+    /// As [`Options::of`], and nobody else has `new`.
+    pub fn from(
+        old: BorrowedFd<'_>,
+        v6: bool,
+        new: BorrowedFd<'_>,
+        inspector: &Inspector,
+    ) -> Result<Given, Refusal> {
+        let options = Options::of(old, v6)?;
+        options.give(new)?;
+        let facts = inspector.socket(new).map_err(|_| Refusal::InjectionFailed)?;
+        Ok(Given { options, mark: facts.and_then(|facts| facts.options) })
+    }
+
+    /// What was changed at `old` since, which `facts` show now that nobody can change it, is changed at `new`, too. But for the
+    /// buffers, whose sizes may be ours now.
+    pub fn keep_up(
+        &self,
+        old: BorrowedFd<'_>,
+        facts: &SocketFacts,
+        new: BorrowedFd<'_>,
+    ) -> Result<(), Refusal> {
+        if self.mark.is_some() && self.mark == facts.options {
+            return Ok(());
+        }
+        let Given { options: Options { v6, buffers, .. }, .. } = self;
+        let now = Options::with_buffers(old, *v6, *buffers)?;
+        if now == self.options { Ok(()) } else { now.give(new) }
     }
 }
 
@@ -480,15 +511,91 @@ mod tests {
     #[test]
     fn what_is_changed_after_options_were_given_is_changed_there_too() {
         let ((old, _a), (new, _b)) = (socket(), socket());
-        let given = Options::of(old.as_fd(), false).unwrap();
-        given.give(new.as_fd()).unwrap();
+        let inspector = inspector();
+        let given = Given::from(old.as_fd(), false, new.as_fd(), &inspector).unwrap();
         set(old.as_fd(), libc::SOL_SOCKET, libc::SO_KEEPALIVE, &1i32.to_ne_bytes()).unwrap();
         old.set_nonblocking(true).unwrap();
         let _ours = Shallow::make(old.as_fd()).unwrap();
-        given.keep_up(old.as_fd(), new.as_fd()).unwrap();
+        let facts = inspector.socket(old.as_fd()).unwrap().unwrap();
+        given.keep_up(old.as_fd(), &facts, new.as_fd()).unwrap();
         assert_eq!(get_int(new.as_fd(), libc::SOL_SOCKET, libc::SO_KEEPALIVE), Some(1));
         assert_eq!(FileFlags::of(new.as_fd()), FileFlags::of(old.as_fd()));
         assert_eq!(get_int(new.as_fd(), libc::SOL_SOCKET, SO_BUF_LOCK), Some(0));
+    }
+
+    fn inspector() -> Inspector {
+        crate::inspect::Programs::load().unwrap().inspector().unwrap()
+    }
+
+    fn mark(inspector: &Inspector, end: &TcpStream) -> OptionsMark {
+        inspector.socket(end.as_fd()).unwrap().unwrap().options.expect("this kernel keeps options elsewhere")
+    }
+
+    #[test]
+    fn sockets_with_the_same_options_have_the_same_mark() {
+        let inspector = inspector();
+        let ((connected, listener), (new, _b)) = (socket(), socket());
+        let (accepted, _) = listener.accept().unwrap();
+        for old in [&connected, &accepted] {
+            old.set_nodelay(true).unwrap();
+            old.set_nonblocking(true).unwrap();
+            set_int(old.as_fd(), libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1);
+            let given = Given::from(old.as_fd(), false, new.as_fd(), &inspector).unwrap();
+            assert_eq!(given.mark, Some(mark(&inspector, old)));
+        }
+    }
+
+    #[test]
+    fn each_option_that_is_carried_changes_the_mark() {
+        let inspector = inspector();
+        let listener = TcpListener::bind("[::1]:0").unwrap();
+        let changed = |what: &str, change: &dyn Fn(&TcpStream) -> bool| {
+            let end = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let before = mark(&inspector, &end);
+            assert_eq!(before, mark(&inspector, &end));
+            assert!(change(&end), "{what} cannot be changed");
+            assert_ne!(before, mark(&inspector, &end), "{what}");
+        };
+        for IntOption { level, name, .. } in INT_OPTIONS {
+            changed(&format!("option {level}/{name}"), &|end| {
+                let before = get_int(end.as_fd(), *level, *name);
+                [1, 5, 16, 33, 100].iter().any(|value| {
+                    set_int(end.as_fd(), *level, *name, *value)
+                        && get_int(end.as_fd(), *level, *name) != before
+                })
+            });
+        }
+        for (level, name, length) in LONG_OPTIONS {
+            changed(&format!("option {level}/{name}"), &|end| {
+                let mut value = vec![0; length];
+                match level {
+                    libc::IPPROTO_TCP => value[..4].copy_from_slice(b"reno"),
+                    // One second, or one byte a second.
+                    _ => value[0] = 1,
+                }
+                set(end.as_fd(), level, name, &value).is_ok()
+            });
+        }
+        let own = Owner { kind: 1, pid: std::process::id() as i32 };
+        // SAFETY: F_SETOWN_EX reads a struct f_owner_ex, whose layout Owner has. The others take integers.
+        unsafe {
+            changed("its owner", &|end| libc::fcntl(end.as_raw_fd(), F_SETOWN_EX, &raw const own) >= 0);
+            changed("its signal", &|end| libc::fcntl(end.as_raw_fd(), F_SETSIG, libc::SIGUSR1) >= 0);
+        }
+        changed("O_NONBLOCK", &|end| end.set_nonblocking(true).is_ok());
+    }
+
+    #[test]
+    fn traffic_does_not_change_the_mark() {
+        let inspector = inspector();
+        let (mut end, listener) = socket();
+        let (mut peer, _) = listener.accept().unwrap();
+        let before = mark(&inspector, &end);
+        end.write_all(&[0; 100_000]).unwrap();
+        peer.read_exact(&mut [0; 100_000]).unwrap();
+        peer.write_all(b"answer").unwrap();
+        end.read_exact(&mut [0; 6]).unwrap();
+        assert_eq!(before, mark(&inspector, &end));
     }
 
     #[test]

@@ -18,7 +18,7 @@ struct Echo {
     client: TcpStream,
     programs: Arc<Programs>,
     holders: Holders,
-    options: Options,
+    given: Given,
     /// Our copy of the socket that `cat` has.
     old: OwnedFd,
 }
@@ -49,8 +49,10 @@ impl Echo {
         let old = process::copy_fd(&process::pidfd(tgid).unwrap(), RemoteFd(0)).unwrap();
         let programs = Programs::load().unwrap();
         let holders = Holders { tgids: vec![], tables: vec![] };
-        let options = Options::of(old.as_fd(), false).unwrap();
-        let mut echo = Echo { child, client, programs, holders, options, old };
+        let (elsewhere, _peer) = pair();
+        let inspector = programs.inspector().unwrap();
+        let given = Given::from(old.as_fd(), false, elsewhere.as_fd(), &inspector).unwrap();
+        let mut echo = Echo { child, client, programs, holders, given, old };
         echo.says_back(b"before");
         let facts = echo.facts(echo.old.as_fd());
         echo.holders = Listing::new(echo.programs.descriptors().unwrap()).holders(facts.file);
@@ -75,7 +77,7 @@ impl Echo {
             new,
             facts: self.facts(self.old.as_fd()),
             holders: &self.holders,
-            options: &self.options,
+            given: &self.given,
         }
     }
 

@@ -35,9 +35,15 @@ struct Local<'a> {
 
 /// Move both ends of each, from the first look to the thaw.
 pub fn run_local(site: &Site, mut members: Vec<Member>, budget: Duration) -> Finished {
-    if let Err(reason) = members.iter_mut().try_for_each(Member::give_options) {
-        return Finished::Aborted { members, reason, pause_us: 0, afresh: true };
-    }
+    let readied = || -> Result<_, Refusal> {
+        let inspector = site.programs.inspector().map_err(report)?;
+        members.iter_mut().try_for_each(|member| member.give_options(&inspector))?;
+        Ok(inspector)
+    }();
+    let inspector = match readied {
+        Ok(inspector) => inspector,
+        Err(reason) => return Finished::Aborted { members, reason, pause_us: 0, afresh: true },
+    };
     let mut local = Local {
         site,
         members: &members,
@@ -49,7 +55,7 @@ pub fn run_local(site: &Site, mut members: Vec<Member>, budget: Duration) -> Fin
         unread: Vec::new(),
     };
     let mut gate_opened = false;
-    let result = local.run(&mut gate_opened);
+    let result = local.run(&inspector, &mut gate_opened);
     let processes = tgids_of(local.ends.iter().copied()).len() as u32;
     let Local { times, threads, unread, .. } = local;
     if let Err(reason) = result {
@@ -61,14 +67,13 @@ pub fn run_local(site: &Site, mut members: Vec<Member>, budget: Duration) -> Fin
 }
 
 impl Local<'_> {
-    fn run(&mut self, gate_opened: &mut bool) -> Result<(), Refusal> {
-        let inspector = self.site.programs.inspector().map_err(report)?;
+    fn run(&mut self, inspector: &Inspector, gate_opened: &mut bool) -> Result<(), Refusal> {
         let tgids = tgids_of(self.ends.iter().copied());
         if process::any_share_memory(&tgids) {
             return Err(Refusal::SharedMemory);
         }
         let _room = self.site.rooms.promise(tgids.len(), self.ends.len())?;
-        let alarms = Alarms::look(&inspector, &tgids);
+        let alarms = Alarms::look(inspector, &tgids);
         let deadline = Instant::now() + self.budget;
         self.times.began = Some(Instant::now());
         let frozen = Frozen::freeze(&tgids, &alarms, deadline);
@@ -76,7 +81,7 @@ impl Local<'_> {
         let mut frozen = frozen?;
         self.times.frozen = Some(Instant::now());
         self.threads = frozen.threads() as u32;
-        let result = self.exchange(&mut frozen, &inspector, deadline, gate_opened);
+        let result = self.exchange(&mut frozen, inspector, deadline, gate_opened);
         self.times.thawed = Some(frozen.thaw());
         result
     }
