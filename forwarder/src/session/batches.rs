@@ -60,9 +60,11 @@ struct Moving {
 
 impl Session {
     pub fn give_turns(self: Arc<Self>) {
+        // Asked once: it reads files.
+        let most_led = most_led();
         let (mut rung, mut looked) = (0, Instant::now());
         while self.is_open() {
-            while let Some(batch) = self.join_next().or_else(|| self.form_next()) {
+            while let Some(batch) = self.join_next().or_else(|| self.form_next(most_led)) {
                 self.start_moving(batch);
             }
             if looked.elapsed() > LOOK {
@@ -110,9 +112,9 @@ impl Session {
     }
 
     /// A batch of our own.
-    fn form_next(&self) -> Option<Batch> {
+    fn form_next(&self, most_led: usize) -> Option<Batch> {
         let mut book = locked(&self.book);
-        if book.led >= most_led() {
+        if book.led >= most_led {
             return None;
         }
         // Without those that were given up.
