@@ -84,7 +84,8 @@ static __always_inline __u64 options_of(struct file *file, struct sock *sk)
 		mix(&options, BPF_CORE_READ(cmsg_before, cmsg_flags) & CMSG_FLAGS);
 	else
 		return 0;
-	np = BPF_CORE_READ(inet, pinet6);
+	/* A kernel may be without IPv6. */
+	np = bpf_core_field_exists(inet->pinet6) ? BPF_CORE_READ(inet, pinet6) : 0;
 	if (np && BPF_CORE_READ(sk, __sk_common.skc_family) == AF_INET6) {
 		MIX(options, np, tclass);
 		MIX(options, np, hop_limit);

@@ -6,7 +6,7 @@
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr},
 };
 
 use netlink_packet_core::{
@@ -78,7 +78,7 @@ impl Conntrack {
         socket.connect(&netlink_sys::SocketAddr::new(0, 0))?;
         socket.set_non_blocking(true)?;
         let mut conntrack = Conntrack { socket, sequence: 0 };
-        let nobody = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 0).into();
+        let nobody = Endpoint::new(Ipv4Addr::UNSPECIFIED.into(), 0);
         conntrack.translation(Tuple { local: nobody, remote: nobody })?;
         Ok(conntrack)
     }
@@ -197,8 +197,8 @@ fn direction(parts: &[TuplePart]) -> Option<Direction> {
         }
     }
     Some(Direction {
-        source: SocketAddr::new(source?, source_port?).into(),
-        destination: SocketAddr::new(destination?, destination_port?).into(),
+        source: Endpoint::new(source?, source_port?),
+        destination: Endpoint::new(destination?, destination_port?),
     })
 }
 

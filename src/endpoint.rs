@@ -23,6 +23,10 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
+    pub fn new(ip: IpAddr, port: u16) -> Endpoint {
+        Endpoint { ip: mapped(ip), port }
+    }
+
     pub fn ip(self) -> IpAddr {
         unmapped(self.ip)
     }
@@ -34,7 +38,7 @@ impl Endpoint {
 
 impl From<SocketAddr> for Endpoint {
     fn from(address: SocketAddr) -> Endpoint {
-        Endpoint { ip: mapped(address.ip()), port: address.port() }
+        Endpoint::new(address.ip(), address.port())
     }
 }
 

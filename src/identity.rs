@@ -7,7 +7,6 @@
 use std::{
     io,
     mem::MaybeUninit,
-    net::SocketAddr,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
@@ -57,7 +56,7 @@ pub struct Names {
 impl Names {
     /// Of `struct identity`: addresses and ports in network order.
     pub fn read(swap: u64, local: ([u8; 16], u16), remote: ([u8; 16], u16)) -> Names {
-        let address = |(ip, port): ([u8; 16], u16)| SocketAddr::new(unmapped(ip), u16::from_be(port)).into();
+        let address = |(ip, port): ([u8; 16], u16)| Endpoint::new(unmapped(ip), u16::from_be(port));
         Names { swap, local: address(local), remote: address(remote) }
     }
 }

@@ -177,13 +177,19 @@ impl Member {
         Ok(Member { prepared, new, given: Vec::new(), witness })
     }
 
-    /// While the application runs: there are many.
     fn give_options(&mut self, inspector: &Inspector) -> Result<(), Refusal> {
         let ends = self.prepared.ends.iter().zip(&self.new);
         let given = ends.map(|(end, new)| Given::from(end.old.as_fd(), end.v6, new.as_fd(), inspector));
         self.given = given.collect::<Result<_, Refusal>>()?;
         Ok(())
     }
+}
+
+/// Give each new socket the options of its old one, while the application runs: there are many.
+fn give_options(site: &Site, members: &mut [Member]) -> Result<Inspector, Refusal> {
+    let inspector = site.programs.inspector().map_err(report)?;
+    members.iter_mut().try_for_each(|member| member.give_options(&inspector))?;
+    Ok(inspector)
 }
 
 /// How a connection of a batch ended.
@@ -234,8 +240,7 @@ impl Remote {
         let ends = ends().count();
         let members = &mut self.members;
         let readied = || -> Result<_, Refusal> {
-            let inspector = site.programs.inspector().map_err(report)?;
-            members.iter_mut().try_for_each(|member| member.give_options(&inspector))?;
+            let inspector = give_options(&site, members)?;
             let room = site.rooms.promise(processes, ends)?;
             Ok((inspector, room))
         }();

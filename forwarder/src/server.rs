@@ -169,9 +169,7 @@ fn watch_parked(site: &Arc<Site>, current: &Current) -> io::Result<()> {
                     if session.is_none() && ended.is_empty() {
                         site.release_forsaken();
                         // The turns of a session end with it.
-                        if site.is_idle() {
-                            site.tidy();
-                        }
+                        site.tidy();
                     }
                     for conn in ended {
                         log::debug!("{conn}: its overlay connection has ended");

@@ -248,20 +248,15 @@ impl Site {
         Ok(PreparedEnd { old, holders, v6, write_seq, rcv_nxt, looked_at: Instant::now() })
     }
 
-    /// Nobody takes part in a transaction.
-    pub fn is_idle(&self) -> bool {
-        locked(&self.reserved).is_empty()
-    }
-
     /// Memory was needed, and is not any more: there is something to be [tidied](Site::tidy).
     pub fn leave_untidy(&self) {
         self.untidy.store(true, Ordering::Relaxed);
     }
 
-    /// Give back the memory that is free. What is parked lies scattered over it, because it came amid moves, each bit keeping a
+    /// Give back the memory that is free, unless somebody takes part in a transaction. What is parked lies scattered over it, because it came amid moves, each bit keeping a
     /// page: it is put together.
     pub fn tidy(&self) {
-        if !self.untidy.swap(false, Ordering::Relaxed) {
+        if !locked(&self.reserved).is_empty() || !self.untidy.swap(false, Ordering::Relaxed) {
             return;
         }
         let mut parked = locked(&self.parked);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What people and programs ask about connections, and its answers.
 
-use std::time::Instant;
+use std::{net::SocketAddr, time::Instant};
 
 use forwarder_api::SocketRecord;
 use tokio::sync::oneshot;
@@ -92,10 +92,7 @@ impl Coordinator {
     fn explain(&mut self, subject: &Subject, records: &[SocketRecord]) -> Vec<Explanation> {
         let is_about = |record: &&SocketRecord| match subject {
             Subject::Conn(_) => false,
-            Subject::Addresses { local, remote } => {
-                let ends = (record.local, record.remote);
-                ends == (*local, *remote) || ends == (*remote, *local)
-            }
+            Subject::Addresses { local, remote } => is_between(tuple_of(record), *local, *remote),
             Subject::Process { tgid, sockets } => record.tgid == *tgid || sockets.contains(&record.socket),
         };
         let shown: Vec<&SocketRecord> = records.iter().filter(is_about).collect();
@@ -205,13 +202,16 @@ impl Coordinator {
     }
 }
 
+/// Whichever of the two ends it is.
+fn is_between(tuple: Tuple, one: SocketAddr, other: SocketAddr) -> bool {
+    let asked = Tuple { local: one.into(), remote: other.into() };
+    tuple == asked || tuple == asked.reversed()
+}
+
 fn flows_of<'a>(ledger: &'a Ledger, subject: &Subject, shown: &[&SocketRecord]) -> Vec<&'a Flow> {
     let is_about = |flow: &&Flow| match subject {
         Subject::Conn(conn) => flow.conn == *conn,
-        Subject::Addresses { local, remote } => {
-            let asked = Tuple { local: (*local).into(), remote: (*remote).into() };
-            flow.tuple == asked || flow.tuple == asked.reversed()
-        }
+        Subject::Addresses { local, remote } => is_between(flow.tuple, *local, *remote),
         Subject::Process { sockets, .. } => {
             sockets.contains(&flow.socket) || shown.iter().any(|record| record.socket == flow.socket)
         }

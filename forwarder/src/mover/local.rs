@@ -8,7 +8,7 @@ use std::{
 
 use forwarder_api::{MAX_UNREAD_BYTES, Moved, Refusal};
 
-use super::{Finished, Member, Times, over, substitutions};
+use super::{Finished, Member, Times, give_options, over, substitutions};
 use crate::{
     alarm::Alarms,
     exchange::{Armed, Deal, Load, facts_while_frozen, wait_for_carried},
@@ -16,7 +16,7 @@ use crate::{
     inspect::{Inspector, SocketFacts},
     options::{ReceiveRoom, acknowledge},
     process,
-    site::{PreparedEnd, Site, report, tgids_of},
+    site::{PreparedEnd, Site, tgids_of},
     transaction::{Look, Relation, relation, worst},
 };
 
@@ -35,12 +35,7 @@ struct Local<'a> {
 
 /// Move both ends of each, from the first look to the thaw.
 pub fn run_local(site: &Site, mut members: Vec<Member>, budget: Duration) -> Finished {
-    let readied = || -> Result<_, Refusal> {
-        let inspector = site.programs.inspector().map_err(report)?;
-        members.iter_mut().try_for_each(|member| member.give_options(&inspector))?;
-        Ok(inspector)
-    }();
-    let inspector = match readied {
+    let inspector = match give_options(site, &mut members) {
         Ok(inspector) => inspector,
         Err(reason) => return Finished::Aborted { members, reason, pause_us: 0, afresh: true },
     };

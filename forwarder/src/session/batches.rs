@@ -73,7 +73,7 @@ impl Session {
             }
             let before = rung;
             rung = self.site.bell.wait(before, LOOK);
-            if rung == before && self.site.is_idle() {
+            if rung == before {
                 self.site.tidy();
             }
         }

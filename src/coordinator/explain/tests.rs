@@ -4,6 +4,7 @@ use std::sync::Arc;
 use super::*;
 use crate::{
     coordinator::{flow::NotedEnd, wire::Tuple},
+    endpoint::Endpoint,
     trace::Side,
     workload::Workload,
 };
@@ -110,7 +111,7 @@ fn a_translation_is_shown() {
 fn a_hosts_own_address_that_its_router_says_nothing_about_is_the_hosts() {
     let of_the_peer_itself = |flow: &mut Flow, _| {
         flow.peer_says = PeerSays::Nothing;
-        flow.tuple.remote = SocketAddr::new(PEER.parse().unwrap(), flow.tuple.remote.port()).into();
+        flow.tuple.remote = Endpoint::new(PEER.parse().unwrap(), flow.tuple.remote.port());
     };
     check(of_the_peer_itself, "(host_address)");
 }

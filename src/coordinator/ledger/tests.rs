@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Two ledgers that speak to each other, with forwarders and a network that do as they are told.
 
-use std::{
-    collections::{HashSet, VecDeque},
-    net::SocketAddr,
-};
+use std::collections::{HashSet, VecDeque};
 
 use super::*;
-use crate::coordinator::{
-    flow::Shown,
-    wire::{Rendezvous, TOKEN, Token},
+use crate::{
+    coordinator::{
+        flow::Shown,
+        wire::{Rendezvous, TOKEN, Token},
+    },
+    endpoint::Endpoint,
 };
 
 const HERE: PeerAddress = PeerAddress::V4(std::net::Ipv4Addr::new(10, 244, 1, 0));
@@ -235,7 +235,7 @@ fn of_too_many_connections_each_gets_its_turn_also_after_a_refusal() {
     world.moves_wait = true;
     let many = 2 * MAX_ATTEMPTS + 100;
     for number in 0..many {
-        let local = SocketAddr::new(tuple().local.ip(), 10_000 + number as u16).into();
+        let local = Endpoint::new(tuple().local.ip(), 10_000 + number as u16);
         let tuple = Tuple { local, ..tuple() };
         for (host, tuple) in [(0, tuple), (1, tuple.reversed())] {
             let event = world.learned(tuple, Home::Peer(addresses()[1 - host]), None);
@@ -581,7 +581,7 @@ fn of_two_connections_that_are_called_the_same_the_later_is_meant() {
 
 #[test]
 fn a_masqueraded_client_is_believed_to_be_one_when_its_router_says_so() {
-    let masqueraded = Tuple { local: SocketAddr::new(HERE, 61_000).into(), ..tuple() };
+    let masqueraded = Tuple { local: Endpoint::new(HERE, 61_000), ..tuple() };
     let mut world = World::new();
     world.at(1, world.learned(masqueraded.reversed(), Home::Peer(HERE), None));
     world.wait(Duration::from_secs(2));
