@@ -4,7 +4,7 @@
 # What only some tests need is installed by name (`./init.sh programs cluster`): `programs`, the servers and clients of
 # test/lab/tests/programs.rs and of the benchmarks; `containers`, containerd, and what makes a clean system; `engines`, Podman
 # and Docker; `web`, a browser, and Prometheus as the judge of metrics; `cluster`, what building and running a Kubernetes API
-# server needs; `kubernetes`, the same for a cluster with nodes; `deploy`, what judges manifests, chart, image and package.
+# server needs; `kubernetes`, the same for a cluster with nodes; `deploy`, what judges manifests, image and package.
 set -euo pipefail
 
 packages=(
@@ -40,7 +40,7 @@ if [[ " $* " == *" kubernetes "* ]]; then
     packages+=(
         iptables                                                               # kube-proxy
         dnsmasq-base                                                           # names of services
-        golang-go golang-github-masterminds-sprig-dev golang-gopkg-yaml.v3-dev # the chart
+        python3-venv                                                           # Helm
         bash hostname memcached libmemcached-tools openmpi-bin libopenmpi-dev netpipe-openmpi # test/jobs
         openssh-server openssh-client
     )
@@ -54,9 +54,7 @@ fi
 if [[ " $* " == *" deploy "* ]]; then
     command -v kubectl >/dev/null || packages+=(kubernetes-client)           # kustomize
     packages+=(
-        dpkg-dev                                                               # what the package depends on
-        golang-go golang-github-masterminds-sprig-dev golang-gopkg-yaml.v3-dev # the chart
-        python3-jsonschema python3-yaml
+        dpkg-dev # what the package depends on
     )
 fi
 
@@ -82,6 +80,14 @@ fi
 # In another order on each machine: rustup's directory, or the distribution's.
 command -v cargo >/dev/null || [[ -x ${CARGO_HOME:-$HOME/.cargo}/bin/cargo ]] ||
     { echo "error: cargo is missing: install Rust from https://rustup.rs" >&2; exit 1; }
+
+# Debian has no package of Helm. PyPI has it as a library (Helm's own, in Go), with one for Python around it that asks for a
+# later Python than Debian 12's, and runs with that as well.
+helm=$HOME/.cache/ebpf-router/helm
+if [[ " $* " == *" kubernetes "* ]] && ! "$helm/bin/python" -c 'import helm_sdkpy' 2>/dev/null; then
+    /usr/bin/python3 -m venv --clear "$helm"
+    "$helm/bin/pip" --quiet --disable-pip-version-check install --ignore-requires-python helm-sdkpy==0.1.32
+fi
 
 if [[ " $* " == *" deploy "* ]]; then
     command -v cargo-deb >/dev/null || [[ -x ${CARGO_HOME:-$HOME/.cargo}/bin/cargo-deb ]] ||

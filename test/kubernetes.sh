@@ -10,11 +10,10 @@ url="http://deb.debian.org/debian/pool/main/k/kubernetes/kubernetes_1.20.5+reall
 sum=b83c0780efb182d928dc63d46488a847f161f04e40a94b96bf5247dd671ecdfc
 cache=$HOME/.cache/ebpf-router
 
-missing=()
-for program in kube-apiserver kube-controller-manager kube-scheduler kubelet kube-proxy; do
-    [[ $("$cache/$program" --version 2>/dev/null) == "Kubernetes v$version" ]] || missing+=("$program")
-done
-((${#missing[@]})) || exit 0
+programs=(kube-apiserver kube-controller-manager kube-scheduler kubelet kube-proxy)
+# What was built by another version of this script is built anew.
+made_by=$(sha256sum <"$0")
+[[ $(cat "$cache/made-by" 2>/dev/null) != "$made_by" ]] || exit 0
 mkdir -p "$cache"
 work=$(mktemp -d "$cache/build.XXXXXX")
 # Go makes its files read-only.
@@ -39,8 +38,14 @@ packages=$(grep -rl --include='*.go' '^// +k8s:openapi-gen=true' staging/src/k8s
 "$work/openapi-gen" --logtostderr -i "$packages" -p k8s.io/kubernetes/pkg/generated/openapi -O zz_generated.openapi \
     -h vendor/k8s.io/code-generator/hack/boilerplate.go.txt -r "$work/violations"
 
-of=k8s.io/kubernetes/vendor/k8s.io/component-base/version
-flags="-s -w -X $of.gitVersion=v$version -X $of.gitMajor=1 -X $of.gitMinor=20"
+flags="-s -w"
+# What the programs print, and what the API server answers.
+for of in component-base/version client-go/pkg/version; do
+    for value in gitVersion=v$version gitMajor=1 gitMinor=20; do
+        flags+=" -X k8s.io/kubernetes/vendor/k8s.io/$of.$value"
+    done
+done
 mkdir "$work/programs"
-nice go build -ldflags "$flags" -o "$work/programs/" "${missing[@]/#/./cmd/}"
+nice go build -ldflags "$flags" -o "$work/programs/" "${programs[@]/#/./cmd/}"
 mv "$work/programs"/* "$cache"
+echo "$made_by" >"$cache/made-by"

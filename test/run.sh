@@ -7,8 +7,8 @@
 #   --containers    containers made over CRI by containerd
 #   --engines       containers of Podman and Docker
 #   --cluster       a Kubernetes API server, which is built once
-#   --kubernetes    a cluster of two nodes, whose programs are built once
-#   --deploy        manifests, chart, image and Debian package
+#   --kubernetes    a cluster of two nodes, whose programs are built once, and the Helm chart in it
+#   --deploy        manifests, image and Debian package
 #   --web           the page in a browser
 #   --kernel        a part of the tests under a second kernel, emulated
 #   --fuzz MINUTES  the fuzz targets only, one after the other, for so long in all

@@ -7,13 +7,14 @@
 use std::{
     path::{Path, PathBuf},
     process::Command,
+    time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::{DEADLINE, Host, Place, Pod, Process, RouterOptions, wait_for};
+use crate::{DEADLINE, Finished, Host, Place, Pod, Process, RouterOptions, wait_for};
 
 pub(crate) const PORT: u16 = 6443;
 /// Of Services; pods find it at the first.
@@ -156,9 +157,18 @@ impl ApiServer {
 
     /// Runs kubectl as an administrator, and returns what it printed.
     pub fn kubectl(&self, arguments: &[&str]) -> Result<String> {
-        let mut command = Command::new("kubectl");
-        command.args(arguments).env("KUBECONFIG", self.kubeconfig(ADMIN)).env("HOME", &self.directory);
-        self.place.run(&mut command)
+        self.place.run(self.for_administrator(Command::new("kubectl").args(arguments)))
+    }
+
+    /// Runs a program that finds the server as kubectl does, as an administrator.
+    pub fn run(&self, command: &mut Command, limit: Duration) -> Result<Finished> {
+        let name = Path::new(command.get_program()).file_name().context("a command without a name")?;
+        let name = name.to_string_lossy().into_owned();
+        self.place.spawn(&name, self.for_administrator(command))?.wait(limit)
+    }
+
+    pub(crate) fn for_administrator<'c>(&self, command: &'c mut Command) -> &'c mut Command {
+        command.env("KUBECONFIG", self.kubeconfig(ADMIN)).env("HOME", &self.directory)
     }
 
     /// `kubectl apply` of this manifest.
@@ -203,11 +213,6 @@ impl ApiServer {
         std::fs::write(&path, known.to_string())?;
         let raw = format!("/api/v1/namespaces/default/pods/{name}/status");
         self.kubectl(&["replace", "--raw", &raw, "--filename", &path.to_string_lossy()]).map(drop)
-    }
-
-    /// For an administrator's kubectl.
-    pub fn admin(&self) -> PathBuf {
-        self.kubeconfig(ADMIN)
     }
 
     pub(crate) fn kubeconfig(&self, user: &str) -> PathBuf {

@@ -13,7 +13,7 @@ use std::{path::Path, process::Command, time::Duration};
 use anyhow::{Context, Result};
 
 use crate::{
-    ApiServer, DEADLINE, Finished, Lab, Process,
+    ApiServer, DEADLINE, Lab, Process,
     api_server::{CONTROLLERS, SCHEDULER, kubernetes_program},
     containerd::Containerd,
     wait_for,
@@ -77,14 +77,6 @@ impl<'lab> Cluster<'lab> {
     /// Runs kubectl as an administrator, and returns what it printed.
     pub fn kubectl(&self, arguments: &[&str]) -> Result<String> {
         self.server.kubectl(arguments)
-    }
-
-    /// Runs a script that uses kubectl, as an administrator.
-    pub fn run(&self, command: &mut Command, limit: Duration) -> Result<Finished> {
-        let name = Path::new(command.get_program()).file_name().context("a command without a name")?;
-        let name = name.to_string_lossy().into_owned();
-        command.env("KUBECONFIG", self.server.admin()).env("HOME", self.server.directory());
-        self.lab.h1.place().spawn(&name, command)?.wait(limit)
     }
 
     /// `kubectl wait`: until what is named is as `wanted` says.
@@ -165,8 +157,7 @@ impl<'lab> Cluster<'lab> {
         let dnsmasq = place.serve("names", &mut dnsmasq, 53)?;
         let mut watch = Command::new("sh");
         watch.args(["-c", SCRIPT, "watch", TEMPLATE]).arg(&names).arg(dnsmasq.pid().to_string());
-        watch.env("KUBECONFIG", self.server.admin()).env("HOME", self.server.directory());
-        self.programs.push(place.spawn("names-watch", &mut watch)?);
+        self.programs.push(place.spawn("names-watch", self.server.for_administrator(&mut watch))?);
         self.programs.push(dnsmasq);
         Ok(())
     }

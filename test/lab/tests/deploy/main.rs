@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What is shipped: image, manifests, chart and package. `test/run.sh --deploy` runs these; `init.sh deploy` installs what
+//! What is shipped: image, manifests and package. `test/run.sh --deploy` runs these; `init.sh deploy` installs what
 //! they need.
 
-mod chart;
 mod image;
+mod overlays;
 mod package;
 
 use std::{path::Path, process::Command};

@@ -15,16 +15,7 @@ pub struct Installed<'lab> {
 impl<'lab> Installed<'lab> {
     /// As README says: certificates on the nodes, the image, two manifests.
     pub fn new(lab: &'lab Lab) -> Result<Installed<'lab>> {
-        let cluster = Cluster::start(lab)?;
-        for host in lab.hosts() {
-            let copy = "mkdir -p /etc/ebpf-router/tls && cp \"$0\"/* /etc/ebpf-router/tls";
-            host.place().run(Command::new("sh").args(["-c", copy]).arg(host.tls()))?;
-        }
-        let archive = lab.directory().join("ebpf-router.tar");
-        let mut make = Command::new(deploy("image.sh"));
-        ensure!(make.arg(&archive).status()?.success(), "no image");
-        cluster.import(&archive)?;
-        let installed = Installed { cluster, lab };
+        let installed = Installed::not_yet(lab)?;
         installed.kubectl(&["apply", "-f", &deploy("rules.yaml"), "-f", &deploy("simple-ds.yaml")])?;
         wait_for("pods of the DaemonSet on both nodes", PATIENCE, || {
             let pods =
@@ -34,6 +25,20 @@ impl<'lab> Installed<'lab> {
         let pods = ["--namespace", "kube-system", "pods", "--selector", "app=ebpf-router"];
         installed.cluster.wait("condition=Ready", &pods).with_context(|| installed.told())?;
         Ok(installed)
+    }
+
+    /// All but the manifests.
+    pub fn not_yet(lab: &'lab Lab) -> Result<Installed<'lab>> {
+        let cluster = Cluster::start(lab)?;
+        for host in lab.hosts() {
+            let copy = "mkdir -p /etc/ebpf-router/tls && cp \"$0\"/* /etc/ebpf-router/tls";
+            host.place().run(Command::new("sh").args(["-c", copy]).arg(host.tls()))?;
+        }
+        let archive = lab.directory().join("ebpf-router.tar");
+        let mut make = Command::new(deploy("image.sh"));
+        ensure!(make.arg(&archive).status()?.success(), "no image");
+        cluster.import(&archive)?;
+        Ok(Installed { cluster, lab })
     }
 
     pub fn kubectl(&self, arguments: &[&str]) -> Result<String> {
@@ -86,6 +91,10 @@ impl<'lab> Installed<'lab> {
     pub fn remove(&self) -> Result<()> {
         let files = [deploy("simple-ds.yaml"), deploy("rules.yaml")];
         self.kubectl(&["delete", "--cascade=foreground", "-f", &files[0], "-f", &files[1]])?;
+        self.expect_nothing_left()
+    }
+
+    pub fn expect_nothing_left(&self) -> Result<()> {
         let pods = self.in_system(&["get", "pods", "--selector", "app=ebpf-router", "--output", "name"])?;
         ensure!(pods.is_empty(), "deleted, and there are {pods}");
         for host in self.lab.hosts() {

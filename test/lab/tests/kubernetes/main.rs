@@ -3,6 +3,7 @@
 //!
 //! Run by `test/run.sh --kubernetes`, which builds the cluster's programs.
 
+mod helm;
 mod installed;
 mod services;
 
@@ -32,7 +33,7 @@ fn for_benchmarks<'lab>(lab: &'lab Lab, packages: &[&str]) -> Result<Installed<'
 fn benchmark(installed: &Installed, key: &str) -> Result<String> {
     let mut script = Command::new(deploy("../test/script.sh"));
     script.args(["test", key, "../deploy/simple-ds.yaml"]);
-    let finished = installed.cluster.run(&mut script, Duration::from_secs(600))?;
+    let finished = installed.cluster.server().run(&mut script, Duration::from_secs(600))?;
     let log = finished.expect_success().with_context(|| installed.told())?.stdout;
     eprintln!("{log}");
     ensure!(swaps(&log)? > 0, "nothing was swapped: {log}");
@@ -46,26 +47,18 @@ fn swaps(log: &str) -> Result<u64> {
     Ok(number.parse()?)
 }
 
-/// The chart with its own values, as `helm template` would print it: see `test/deploy/render`.
-fn chart() -> Result<String> {
-    let mut render = Command::new("go");
-    render.args(["run", "main.go"]).arg(deploy("helm/ebpf-router")).arg("kube-system");
-    render.current_dir(deploy("../test/deploy/render"));
-    render.env("GO111MODULE", "off").env("GOPATH", "/usr/share/gocode");
-    let output = render.output()?;
-    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    Ok(String::from_utf8(output.stdout)?)
+/// Without the lab's own roles, which have the manifests' names.
+fn empty_server(lab: &Lab) -> Result<ApiServer> {
+    let server = ApiServer::start(&lab.h1)?;
+    server.kubectl(&["delete", "clusterrole,clusterrolebinding", "ebpf-router"])?;
+    server.kubectl(&["delete", "--namespace", "kube-system", "role,rolebinding", "ebpf-router"])?;
+    Ok(server)
 }
 
 #[test]
 fn the_api_server_takes_every_manifest() -> Result<()> {
     let lab = Lab::new("kubernetes-manifests")?;
-    let server = ApiServer::start(&lab.h1)?;
-    // Of the lab's own: with the same names as the manifests'.
-    server.kubectl(&["delete", "clusterrole,clusterrolebinding", "ebpf-router"])?;
-    server.kubectl(&["delete", "--namespace", "kube-system", "role,rolebinding", "ebpf-router"])?;
-    let rendered = lab.directory().join("chart.yaml");
-    std::fs::write(&rendered, chart()?)?;
+    let server = empty_server(&lab)?;
     let mut all: Vec<[String; 2]> = Vec::new();
     for directory in ["base", "overlays/calico", "overlays/flannel"] {
         all.push(["-k".into(), deploy(directory)]);
@@ -73,7 +66,6 @@ fn the_api_server_takes_every_manifest() -> Result<()> {
     for entry in std::fs::read_dir(deploy("../test/jobs"))? {
         all.push(["-f".into(), entry?.path().to_string_lossy().into_owned()]);
     }
-    all.push(["-f".into(), rendered.to_string_lossy().into_owned()]);
     for [kind, path] in &all {
         server.kubectl(&["apply", "--dry-run=server", kind, path])?;
         let made = server.kubectl(&["create", kind, path])?;
@@ -121,7 +113,7 @@ fn an_upgrade_replaces_the_routers_and_touches_no_connection() -> Result<()> {
         host.place().run(Command::new("ctr").args(["--namespace", "k8s.io", "image", "tag", IMAGE, new]))?;
     }
     let mut script = Command::new(deploy("upgrade.sh"));
-    let finished = installed.cluster.run(script.arg(new), Duration::from_secs(300))?;
+    let finished = installed.cluster.server().run(script.arg(new), Duration::from_secs(300))?;
     let said = finished.expect_success().with_context(|| installed.told())?.stdout;
     ensure!(said.matches("replaced").count() == 2, "{said}");
     ensure!(pids("forwarder")? == forwarders, "a forwarder was replaced");
