@@ -27,7 +27,7 @@ struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, MAX_SLOTS);
 	__type(key, __u32);
-	__type(value, struct socket_facts);
+	__type(value, struct sockets_facts);
 } sockets SEC(".maps");
 
 struct {
@@ -41,7 +41,7 @@ struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, MAX_SLOTS);
 	__type(key, __u32);
-	__type(value, struct fd_facts);
+	__type(value, struct fds_facts);
 } fds SEC(".maps");
 
 /* Makes libbpf-cargo write the type of the iterator's records. */
@@ -130,27 +130,57 @@ static __always_inline void read_tcp(struct socket_facts *facts, struct sock *sk
 		facts->has_signature |= BPF_CORE_READ(signature, ao_info) != NULL;
 }
 
-/* Run by BPF_PROG_TEST_RUN only, never attached: args[0] is a descriptor of the caller, args[1] its slot. */
-SEC("raw_tp")
-int inspect_socket(struct bpf_raw_tracepoint_args *ctx)
+/*
+ * A global function is verified once, by itself, and not once for each turn of the loop that calls it. Always 0: it must
+ * return something.
+ */
+__noinline int look_at_socket(__u32 slot, __u32 index, __u32 fd)
 {
-	__u32 slot = ctx->args[1];
-	struct socket_facts *facts = bpf_map_lookup_elem(&sockets, &slot);
-	struct file *file = file_of_fd(ctx->args[0]);
+	struct sockets_facts *all = bpf_map_lookup_elem(&sockets, &slot);
+	struct file *file = file_of_fd(fd);
+	struct socket_facts *facts;
 	struct sock *sk;
 
-	if (!facts)
-		return 1;
+	if (!all || index >= LOOKED_AT_ONCE)
+		return 0;
+	facts = &all->of[index];
 	__builtin_memset(facts, 0, sizeof(*facts));
 	sk = file ? tcp_sock_of(file) : NULL;
 	if (!sk)
-		return 1;
+		return 0;
 	facts->file = (__u64)file;
 	facts->refs = file_refs(file);
 	facts->inode = BPF_CORE_READ(file, f_inode, i_ino);
 	facts->options = options_of(file, sk);
 	read_tcp(facts, sk);
 	read_watchers(facts, file);
+	return 0;
+}
+
+/* From args[first] on, two descriptors in each word, the lower half first. */
+static __always_inline void read_fds(__u32 fds[LOOKED_AT_ONCE], struct bpf_raw_tracepoint_args *ctx, int first)
+{
+#pragma unroll
+	for (int i = 0; i < LOOKED_AT_ONCE; i++) {
+		/* The context is read at constants only. */
+		__u64 word = *(volatile __u64 *)&ctx->args[first + i / 2];
+
+		fds[i] = word >> (i % 2 * 32);
+	}
+}
+
+/*
+ * Run by BPF_PROG_TEST_RUN only, never attached: args[0] is the slot of the caller, args[1] how many descriptors of the caller
+ * follow.
+ */
+SEC("raw_tp")
+int inspect_sockets(struct bpf_raw_tracepoint_args *ctx)
+{
+	__u32 slot = ctx->args[0], count = ctx->args[1], list[LOOKED_AT_ONCE];
+
+	read_fds(list, ctx, 2);
+	for (__u32 i = 0; i < LOOKED_AT_ONCE && i < count; i++)
+		look_at_socket(slot, i, list[i]);
 	return 0;
 }
 
@@ -172,13 +202,13 @@ static __always_inline struct files_struct *table_of(struct task_struct *leader)
 	return NULL;
 }
 
-/* As above; args[0] is a pidfd. */
+/* As above; args[1] is a pidfd. */
 SEC("raw_tp")
 int inspect_table(struct bpf_raw_tracepoint_args *ctx)
 {
-	__u32 slot = ctx->args[1];
+	__u32 slot = ctx->args[0];
 	struct table_facts *facts = bpf_map_lookup_elem(&tables, &slot);
-	struct task_struct *task = task_of_pidfd(ctx->args[0]);
+	struct task_struct *task = task_of_pidfd(ctx->args[1]);
 	struct files_struct *table;
 
 	if (!facts || !task)
@@ -191,33 +221,44 @@ int inspect_table(struct bpf_raw_tracepoint_args *ctx)
 
 static __always_inline int anonymous_kind(struct file *file);
 
-/* As above; args[2] is a descriptor of the process behind the pidfd. */
-SEC("raw_tp")
-int inspect_fd(struct bpf_raw_tracepoint_args *ctx)
+__noinline int look_at_fd(__u32 slot, __u32 index, __u32 pidfd, __u32 fd)
 {
-	__u32 slot = ctx->args[1], fd = ctx->args[2];
-	struct fd_facts *facts = bpf_map_lookup_elem(&fds, &slot);
-	struct task_struct *task = task_of_pidfd(ctx->args[0]);
-	unsigned long bits = 0;
-	struct file *file = NULL;
+	struct fds_facts *all = bpf_map_lookup_elem(&fds, &slot);
+	struct task_struct *task = task_of_pidfd(pidfd);
 	struct files_struct *table;
+	struct fd_facts *facts;
+	struct file *file = NULL;
+	unsigned long bits = 0;
 	struct fdtable *fdt;
 
-	if (!facts || !task)
-		return 1;
+	if (!all || index >= LOOKED_AT_ONCE)
+		return 0;
+	facts = &all->of[index];
 	__builtin_memset(facts, 0, sizeof(*facts));
-	table = table_of(task);
+	table = task ? table_of(task) : NULL;
 	fdt = table ? BPF_CORE_READ(table, fdt) : NULL;
 	if (!fdt || fd >= BPF_CORE_READ(fdt, max_fds))
-		return 1;
+		return 0;
 	bpf_probe_read_kernel(&file, sizeof(file), BPF_CORE_READ(fdt, fd) + fd);
 	if (!file)
-		return 1;
+		return 0;
 	bpf_probe_read_kernel(&bits, sizeof(bits), BPF_CORE_READ(fdt, close_on_exec) + fd / 64);
 	facts->file = (__u64)file;
 	facts->close_on_exec = bits >> (fd % 64) & 1;
 	if (anonymous_kind(file) == KIND_EPOLL)
 		facts->epoll = (__u64)BPF_CORE_READ(file, private_data);
+	return 0;
+}
+
+/* As above; args[1] is a pidfd, args[2] how many descriptors of the process behind it follow. */
+SEC("raw_tp")
+int inspect_fds(struct bpf_raw_tracepoint_args *ctx)
+{
+	__u32 slot = ctx->args[0], pidfd = ctx->args[1], count = ctx->args[2], list[LOOKED_AT_ONCE];
+
+	read_fds(list, ctx, 3);
+	for (__u32 i = 0; i < LOOKED_AT_ONCE && i < count; i++)
+		look_at_fd(slot, i, pidfd, list[i]);
 	return 0;
 }
 

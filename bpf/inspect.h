@@ -6,6 +6,9 @@
 /* A socket may be registered in this many epoll sets at most; more is reported as `watchers_left_out`. */
 #define MAX_WATCHERS 16
 
+/* One run of a program looks at this many sockets, or descriptors, at most. */
+#define LOOKED_AT_ONCE 8
+
 /* Of a process's cgroup, so many levels up are reported. */
 #define MAX_CGROUPS 12
 
@@ -49,6 +52,11 @@ struct socket_facts {
 	struct watcher watchers[MAX_WATCHERS];
 };
 
+/* `is_tcp` is zero where a descriptor is none of a TCP socket. */
+struct sockets_facts {
+	struct socket_facts of[LOOKED_AT_ONCE];
+};
+
 /* The descriptor table of the process behind a pidfd of the calling process. */
 struct table_facts {
 	__u64 table;
@@ -62,6 +70,10 @@ struct fd_facts {
 	__u64 epoll;
 	__u32 close_on_exec;
 	__u32 padding;
+};
+
+struct fds_facts {
+	struct fd_facts of[LOOKED_AT_ONCE];
 };
 
 /* One descriptor somewhere on this machine: a TCP socket, an epoll set or an io_uring. */

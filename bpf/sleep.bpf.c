@@ -111,13 +111,13 @@ __noinline int find_sleeper(__u32 slot, __u64 address)
 	return 0;
 }
 
-/* Run by BPF_PROG_TEST_RUN only, never attached: args[0] is a pidfd of the caller, args[1] its slot. */
+/* Run by BPF_PROG_TEST_RUN only, never attached: args[0] is the slot of the caller, args[1] a pidfd of it. */
 SEC("raw_tp")
 int find_sleepers(struct bpf_raw_tracepoint_args *ctx)
 {
-	__u32 slot = ctx->args[1];
+	__u32 slot = ctx->args[0];
 	struct sleepers *sleepers = bpf_map_lookup_elem(&sleeping, &slot);
-	struct task_struct *task = task_of_pidfd(ctx->args[0]);
+	struct task_struct *task = task_of_pidfd(ctx->args[1]);
 	struct list_head *head, *node;
 
 	if (!sleepers || !task)
@@ -136,9 +136,9 @@ int find_sleepers(struct bpf_raw_tracepoint_args *ctx)
 SEC("raw_tp")
 int look_at_threads(struct bpf_raw_tracepoint_args *ctx)
 {
-	__u32 slot = ctx->args[1];
+	__u32 slot = ctx->args[0];
 	struct threads *threads = bpf_map_lookup_elem(&stopped, &slot);
-	struct task_struct *task = task_of_pidfd(ctx->args[0]);
+	struct task_struct *task = task_of_pidfd(ctx->args[1]);
 	struct list_head *head, *node;
 	__u32 level = own_pid_level();
 	__u32 count = 0;

@@ -49,13 +49,35 @@ pub fn facts_while_frozen<'a>(
     inspector: &Inspector,
     deadline: Instant,
 ) -> Result<Vec<SocketFacts>, Refusal> {
+    look_at_descriptors(ends.clone(), frozen, inspector)?;
+    let old: Vec<_> = ends.clone().into_iter().map(|end| end.old.as_fd()).collect();
+    let looked = inspector.sockets(&old).map_err(cannot_look)?;
     let facts: Result<Vec<SocketFacts>, Refusal> = ends
         .clone()
         .into_iter()
-        .map(|end| in_time(deadline).and_then(|()| facts_of(end, frozen, inspector)))
+        .zip(looked)
+        .map(|(end, looked)| in_time(deadline).and_then(|()| facts_of(end, looked, frozen, inspector)))
         .collect();
     nobody_else_uses_the_tables(ends.into_iter().map(|end| &end.holders), frozen, inspector)?;
     facts
+}
+
+/// Those of all `ends`, many at a time, before they are asked for one by one.
+fn look_at_descriptors<'a>(
+    ends: impl IntoIterator<Item = &'a PreparedEnd> + Clone,
+    frozen: &Frozen,
+    inspector: &Inspector,
+) -> Result<(), Refusal> {
+    for process in frozen.processes() {
+        let tables = ends.clone().into_iter().flat_map(|end| &end.holders.tables);
+        let of_process = tables.filter(|table| table.tgid == process.tgid);
+        let mut seen = process.seen.borrow_mut();
+        let fds = of_process.flat_map(|table| table.fds.iter().copied());
+        let fds: Vec<RemoteFd> = fds.filter(|fd| !seen.contains_key(fd)).collect();
+        let found = inspector.fds(process.pidfd.as_fd(), &fds).map_err(cannot_look)?;
+        seen.extend(fds.into_iter().zip(found));
+    }
+    Ok(())
 }
 
 /// With many connections each step takes its time.
@@ -63,17 +85,22 @@ fn in_time(deadline: Instant) -> Result<(), Refusal> {
     if Instant::now() < deadline { Ok(()) } else { Err(Refusal::FreezeBudget) }
 }
 
-fn facts_of(end: &PreparedEnd, frozen: &Frozen, inspector: &Inspector) -> Result<SocketFacts, Refusal> {
+fn facts_of(
+    end: &PreparedEnd,
+    looked: Option<SocketFacts>,
+    frozen: &Frozen,
+    inspector: &Inspector,
+) -> Result<SocketFacts, Refusal> {
     let live = Live { frozen, inspector };
-    let look = || inspector.socket(end.old.as_fd()).map_err(cannot_look)?.ok_or(Refusal::HolderVanished);
-    let mut facts = look()?;
+    let mut facts = looked.ok_or(Refusal::HolderVanished)?;
     // Whoever lists descriptors, such as we do, has a reference of its own to each for a moment.
     for _ in 0..PASSING_LOOKS {
         if end.holders.account_for(&facts, 1) {
             break;
         }
         std::thread::sleep(PASSING);
-        facts = look()?;
+        let looked = inspector.socket(end.old.as_fd()).map_err(cannot_look)?;
+        facts = looked.ok_or(Refusal::HolderVanished)?;
     }
     may_be_moved(&facts)?;
     for table in &end.holders.tables {
@@ -342,12 +369,12 @@ pub fn wait_for_carried<'a>(
     deadline: Instant,
 ) {
     let waiting: Vec<_> = new.filter(|(_, unread)| *unread > 0).collect();
+    let sockets: Vec<_> = waiting.iter().map(|(new, _)| *new).collect();
     let missing = || -> u64 {
-        let arrived = |new| {
-            acknowledge(new);
-            inspector.socket(new).ok().flatten().map_or(u64::MAX, |facts| facts.unread_bytes())
-        };
-        waiting.iter().map(|(new, unread)| unread.saturating_sub(arrived(*new))).sum()
+        sockets.iter().copied().for_each(acknowledge);
+        let looked = inspector.sockets(&sockets).unwrap_or_default();
+        let arrived = looked.into_iter().map(|facts| facts.map_or(u64::MAX, |facts| facts.unread_bytes()));
+        waiting.iter().zip(arrived).map(|((_, unread), arrived)| unread.saturating_sub(arrived)).sum()
     };
     let began = Instant::now();
     while missing() > 0 && Instant::now() < deadline {
@@ -392,7 +419,8 @@ impl Live<'_> {
         if let Some(facts) = process.seen.borrow().get(&fd) {
             return Ok(*facts);
         }
-        let facts = self.inspector.fd(process.pidfd.as_fd(), fd).map_err(cannot_look)?;
+        let looked = self.inspector.fds(process.pidfd.as_fd(), &[fd]).map_err(cannot_look)?;
+        let facts = looked.into_iter().next().flatten();
         process.seen.borrow_mut().insert(fd, facts);
         Ok(facts)
     }

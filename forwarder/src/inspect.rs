@@ -2,7 +2,7 @@
 //! Looks at sockets through `bpf/inspect.bpf.c`: what holds them and how far their sequence numbers are.
 //!
 //! Looking changes nothing. The programs are never attached to anything: each look is one `BPF_PROG_TEST_RUN`, a
-//! few microseconds, in the context of the calling thread, on descriptors of this process. The list of all
+//! few microseconds for a handful of sockets, in the context of the calling thread, on descriptors of this process. The list of all
 //! descriptors is a `task_file` iterator.
 
 pub mod sleep;
@@ -175,14 +175,17 @@ pub const TCP_LISTEN: u32 = 10;
 /// Bytes that one read of a list takes: more than the kernel gives at once.
 const LISTED_AT_ONCE: usize = 64 << 10;
 
+/// So many are looked at by one run of a program: as in C.
+const LOOKED_AT_ONCE: usize = size_of::<types::sockets_facts>() / size_of::<types::socket_facts>();
+
 /// Size of the result maps: `MAX_SLOTS` in C.
 const SLOTS: u32 = 64;
 
 /// The loaded programs. One for the process; each transaction takes an [`Inspector`].
 pub struct Programs {
-    inspect_socket: OwnedFd,
+    inspect_sockets: OwnedFd,
     inspect_table: OwnedFd,
-    inspect_fd: OwnedFd,
+    inspect_fds: OwnedFd,
     sockets: MapHandle,
     tables: MapHandle,
     fds: MapHandle,
@@ -209,9 +212,9 @@ impl Programs {
         let keep =
             |fd: BorrowedFd<'_>| fd.try_clone_to_owned().map_err(|error| InspectError::Load(error.into()));
         Ok(Arc::new(Programs {
-            inspect_socket: keep(skel.progs.inspect_socket.as_fd())?,
+            inspect_sockets: keep(skel.progs.inspect_sockets.as_fd())?,
             inspect_table: keep(skel.progs.inspect_table.as_fd())?,
-            inspect_fd: keep(skel.progs.inspect_fd.as_fd())?,
+            inspect_fds: keep(skel.progs.inspect_fds.as_fd())?,
             sockets: MapHandle::try_from(&skel.maps.sockets).map_err(InspectError::Load)?,
             tables: MapHandle::try_from(&skel.maps.tables).map_err(InspectError::Load)?,
             fds: MapHandle::try_from(&skel.maps.fds).map_err(InspectError::Load)?,
@@ -262,7 +265,7 @@ impl Programs {
     }
 }
 
-/// Looks at one socket or table at a time; does not wait for anything.
+/// Looks; does not wait for anything.
 pub struct Inspector {
     programs: Arc<Programs>,
     slot: u32,
@@ -277,41 +280,63 @@ impl Drop for Inspector {
 impl Inspector {
     /// What `fd`, a descriptor of this process, refers to; `None` if it is no TCP socket.
     pub fn socket(&self, fd: BorrowedFd<'_>) -> Result<Option<SocketFacts>, InspectError> {
-        if !self.run(&self.programs.inspect_socket, fd, 0)? {
-            return Ok(None);
+        Ok(self.sockets(&[fd])?.pop().flatten())
+    }
+
+    /// [`Inspector::socket`] of many, one for each.
+    pub fn sockets(&self, fds: &[BorrowedFd<'_>]) -> Result<Vec<Option<SocketFacts>>, InspectError> {
+        let mut seen = Vec::with_capacity(fds.len());
+        for some in fds.chunks(LOOKED_AT_ONCE) {
+            let [a, b, c, d] = packed(some.iter().map(|fd| fd.as_raw_fd()));
+            let args = [u64::from(self.slot), some.len() as u64, a, b, c, d];
+            self.run(&self.programs.inspect_sockets, &args)?;
+            let record: types::sockets_facts = self.result(&self.programs.sockets)?;
+            let found = record.of.iter().take(some.len());
+            seen.extend(found.map(|facts| (facts.is_tcp != 0).then(|| SocketFacts::from(facts))));
         }
-        let record: types::socket_facts = self.result(&self.programs.sockets)?;
-        Ok(Some(SocketFacts::from(record)))
+        Ok(seen)
     }
 
     /// The descriptor table of the process behind `pidfd`; `None` if it has none any more.
     pub fn table(&self, pidfd: BorrowedFd<'_>) -> Result<Option<TableFacts>, InspectError> {
-        if !self.run(&self.programs.inspect_table, pidfd, 0)? {
+        if !self.run(&self.programs.inspect_table, &self.process(pidfd))? {
             return Ok(None);
         }
         let record: types::table_facts = self.result(&self.programs.tables)?;
         Ok((record.table != 0).then_some(TableFacts { table: record.table, users: record.users }))
     }
 
-    /// Descriptor `fd` of the process behind `pidfd`; `None` if it is not open.
-    pub fn fd(&self, pidfd: BorrowedFd<'_>, fd: RemoteFd) -> Result<Option<FdFacts>, InspectError> {
-        if !self.run(&self.programs.inspect_fd, pidfd, fd.0 as u64)? {
-            return Ok(None);
+    /// These descriptors of the process behind `pidfd`, one for each; `None` if one is not open.
+    pub fn fds(&self, pidfd: BorrowedFd<'_>, fds: &[RemoteFd]) -> Result<Vec<Option<FdFacts>>, InspectError> {
+        let mut seen = Vec::with_capacity(fds.len());
+        for some in fds.chunks(LOOKED_AT_ONCE) {
+            let [a, b, c, d] = packed(some.iter().map(|fd| fd.0));
+            let [slot, pidfd] = self.process(pidfd);
+            self.run(&self.programs.inspect_fds, &[slot, pidfd, some.len() as u64, a, b, c, d])?;
+            let record: types::fds_facts = self.result(&self.programs.fds)?;
+            let found = record.of.iter().take(some.len());
+            seen.extend(found.map(|facts| {
+                (facts.file != 0).then_some(FdFacts {
+                    file: facts.file,
+                    epoll: (facts.epoll != 0).then_some(facts.epoll),
+                    close_on_exec: facts.close_on_exec != 0,
+                })
+            }));
         }
-        let record: types::fd_facts = self.result(&self.programs.fds)?;
-        Ok(Some(FdFacts {
-            file: record.file,
-            epoll: (record.epoll != 0).then_some(record.epoll),
-            close_on_exec: record.close_on_exec != 0,
-        }))
+        Ok(seen)
     }
 
-    fn run(&self, program: &OwnedFd, fd: BorrowedFd<'_>, argument: u64) -> Result<bool, InspectError> {
-        let args: [u64; 3] = [fd.as_raw_fd() as u64, u64::from(self.slot), argument];
+    /// What a program needs to look at the process behind `pidfd`.
+    fn process(&self, pidfd: BorrowedFd<'_>) -> [u64; 2] {
+        [u64::from(self.slot), pidfd.as_raw_fd() as u64]
+    }
+
+    /// False where the program found nothing to look at.
+    fn run(&self, program: &OwnedFd, args: &[u64]) -> Result<bool, InspectError> {
         let mut opts = libbpf_sys::bpf_test_run_opts {
             sz: size_of::<libbpf_sys::bpf_test_run_opts>() as _,
             ctx_in: args.as_ptr().cast(),
-            ctx_size_in: size_of_val(&args) as u32,
+            ctx_size_in: size_of_val(args) as u32,
             ..Default::default()
         };
         let program: RawFd = program.as_raw_fd();
@@ -338,13 +363,22 @@ impl Inspector {
 /// The type must have no padding, pointer, reference, bool or enum.
 unsafe trait Record: Copy {}
 // SAFETY: integers and arrays of integers, padding explicit.
-unsafe impl Record for types::socket_facts {}
+unsafe impl Record for types::sockets_facts {}
 // SAFETY: as above.
 unsafe impl Record for types::table_facts {}
 // SAFETY: as above.
-unsafe impl Record for types::fd_facts {}
+unsafe impl Record for types::fds_facts {}
 // SAFETY: as above.
 unsafe impl Record for types::descriptor {}
+
+/// Two descriptors in each word, the lower half first.
+fn packed(fds: impl Iterator<Item = RawFd>) -> [u64; LOOKED_AT_ONCE / 2] {
+    let mut words = [0; LOOKED_AT_ONCE / 2];
+    for (index, fd) in fds.enumerate() {
+        words[index / 2] |= u64::from(fd as u32) << (index % 2 * 32);
+    }
+    words
+}
 
 fn copy_record<T: Record>(bytes: &[u8]) -> Result<T, InspectError> {
     if bytes.len() < size_of::<T>() {
@@ -354,8 +388,8 @@ fn copy_record<T: Record>(bytes: &[u8]) -> Result<T, InspectError> {
     Ok(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
 }
 
-impl From<types::socket_facts> for SocketFacts {
-    fn from(facts: types::socket_facts) -> Self {
+impl From<&types::socket_facts> for SocketFacts {
+    fn from(facts: &types::socket_facts) -> Self {
         let watchers = facts.watchers.iter().take(facts.watcher_count as usize).map(|watcher| Watcher {
             epoll: watcher.epoll,
             fd: watcher.fd,
@@ -459,6 +493,44 @@ mod tests {
     }
 
     #[test]
+    fn many_are_looked_at_in_their_order_and_what_is_no_socket_is_none() {
+        let inspector = Programs::load().unwrap().inspector().unwrap();
+        let mut pairs: Vec<_> = (0..LOOKED_AT_ONCE).map(|_| pair()).collect();
+        let file = std::fs::File::open("/dev/null").unwrap();
+        pairs.extend((0..3).map(|_| pair()));
+        let mut fds: Vec<BorrowedFd<'_>> = pairs.iter().map(|(client, _)| client.as_fd()).collect();
+        fds.insert(LOOKED_AT_ONCE - 1, file.as_fd());
+        let files = |seen: Vec<Option<SocketFacts>>| seen.into_iter().map(|facts| Some(facts?.file));
+        let at_once: Vec<_> = files(inspector.sockets(&fds).unwrap()).collect();
+        let singly: Vec<_> = files(fds.iter().map(|fd| inspector.socket(*fd).unwrap()).collect()).collect();
+        assert_eq!(at_once, singly);
+        assert_eq!(at_once.iter().position(Option::is_none), Some(LOOKED_AT_ONCE - 1));
+        assert_eq!(at_once.iter().flatten().count(), pairs.len());
+    }
+
+    #[test]
+    fn descriptors_of_another_process_are_looked_at_in_their_order() {
+        let inspector = Programs::load().unwrap().inspector().unwrap();
+        let (client, server) = pair();
+        let of = |socket: &TcpStream| inspector.socket(socket.as_fd()).unwrap().unwrap().file;
+        let files = (of(&client), of(&server));
+        let mut other = std::process::Command::new("sleep")
+            .arg("60")
+            .stdin(OwnedFd::from(client))
+            .stdout(OwnedFd::from(server))
+            .spawn()
+            .unwrap();
+        let pidfd = crate::process::pidfd(crate::process::Tgid(other.id() as i32)).unwrap();
+        let fds: Vec<RemoteFd> = [0, 1, 999, 0, 0, 0, 0, 0, 1].map(RemoteFd).to_vec();
+        let seen = inspector.fds(pidfd.as_fd(), &fds).unwrap();
+        other.kill().unwrap();
+        other.wait().unwrap();
+        let seen: Vec<_> = seen.into_iter().map(|facts| Some(facts?.file)).collect();
+        let (first, second) = (Some(files.0), Some(files.1));
+        assert_eq!(seen, [first, second, None, first, first, first, first, first, second]);
+    }
+
+    #[test]
     fn epoll_registrations_are_seen_with_their_events_and_data() {
         use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
         let programs = Programs::load().unwrap();
@@ -491,11 +563,7 @@ mod tests {
     fn the_users_of_a_descriptor_table_are_its_threads() {
         let inspector = Programs::load().unwrap().inspector().unwrap();
         let child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
-        // SAFETY: a plain system call; the result is checked.
-        let raw = unsafe { libc::syscall(libc::SYS_pidfd_open, child.id(), 0) } as i32;
-        assert!(raw >= 0);
-        // SAFETY: just opened, owned by nobody else.
-        let pidfd = unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(raw) };
+        let pidfd = crate::process::pidfd(crate::process::Tgid(child.id() as i32)).unwrap();
         let facts = inspector.table(pidfd.as_fd()).unwrap().unwrap();
         let mut child = child;
         child.kill().unwrap();

@@ -637,9 +637,10 @@ impl<'a> Running<'a> {
 
     fn look(&mut self) -> Event {
         let looked = || -> Result<Vec<Look>, Refusal> {
-            let facts = self.ends().map(|end| {
-                acknowledge(end.old.as_fd());
-                let facts = self.inspector.socket(end.old.as_fd()).map_err(|_| Refusal::InjectionFailed)?;
+            let old: Vec<_> = self.ends().map(|end| end.old.as_fd()).collect();
+            old.iter().copied().for_each(acknowledge);
+            let looked = self.inspector.sockets(&old).map_err(|_| Refusal::InjectionFailed)?;
+            let facts = looked.into_iter().map(|facts| {
                 let facts = facts.ok_or(Refusal::HolderVanished)?;
                 crate::site::may_be_moved(&facts)?;
                 Ok(facts)
@@ -687,11 +688,11 @@ impl<'a> Running<'a> {
 
     fn install(&mut self) -> Result<(), Refusal> {
         let new = self.new_sockets();
-        let new_has_ended = new.iter().any(|new| self.has_ended(*new));
+        let has_ended = self.any_has_ended(&new);
         let (Some(frozen), Some(armed)) = (&mut self.frozen, self.armed.take()) else {
             return Err(Refusal::HolderVanished);
         };
-        if new_has_ended {
+        if has_ended {
             armed.turn_back(frozen, &new);
             return Err(Refusal::HostPathFailed);
         }
@@ -770,9 +771,11 @@ impl<'a> Running<'a> {
         let _ = ppoll(&mut fds, Some(TimeSpec::from(time.min(LONGEST_SLEEP))), None);
     }
 
-    /// The peer's forwarder, or its application, has closed this new connection.
-    fn has_ended(&self, new: BorrowedFd<'_>) -> bool {
-        self.seen(new).is_none_or(|facts| facts.state != TCP_ESTABLISHED || facts.shutdown != 0)
+    /// The peer's forwarder, or its application, has closed one of these new connections.
+    fn any_has_ended(&self, new: &[BorrowedFd<'_>]) -> bool {
+        let lives = |facts: &SocketFacts| facts.state == TCP_ESTABLISHED && facts.shutdown == 0;
+        let looked = self.inspector.sockets(new);
+        !looked.is_ok_and(|looked| looked.iter().all(|facts| facts.as_ref().is_some_and(lives)))
     }
 
     fn say(&mut self, word: Word) -> Option<Event> {

@@ -97,7 +97,7 @@ impl Inspector {
     /// The threads that sleep for a time, of the process behind `pidfd`.
     pub fn sleepers(&self, pidfd: BorrowedFd<'_>) -> Result<Vec<Sleeper>, InspectError> {
         let program = &self.programs.sleep;
-        if !self.run(&program.find_sleepers, pidfd, 0)? {
+        if !self.run(&program.find_sleepers, &self.process(pidfd))? {
             return Ok(vec![]);
         }
         let record: types::sleepers = self.result(&program.sleeping)?;
@@ -108,7 +108,7 @@ impl Inspector {
     /// The threads of the process behind `pidfd`, all of which stand still. Of very many, some are left out.
     pub fn stopped(&self, pidfd: BorrowedFd<'_>) -> Result<Vec<Stopped>, InspectError> {
         let program = &self.programs.sleep;
-        if !self.run(&program.look_at_threads, pidfd, 0)? {
+        if !self.run(&program.look_at_threads, &self.process(pidfd))? {
             return Ok(vec![]);
         }
         let record: types::threads = self.result(&program.stopped)?;
