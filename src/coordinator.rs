@@ -87,7 +87,7 @@ const SCAN: Duration = Duration::from_secs(30);
 /// are so many that a look takes more than its share of a CPU, up to what lets a stalled connection be back within 3 s.
 const WATCH: Duration = Duration::from_millis(300);
 const LAST_WATCH: Duration = Duration::from_secs(1);
-const WATCH_SHARE: u32 = 100;
+const WATCH_SHARE: u32 = 300;
 /// How many translations are kept in one look at the surroundings: about a millisecond. For the most connections that there
 /// can be, each is kept every ten minutes.
 const KEPT_AT_ONCE: usize = 256;
@@ -540,16 +540,12 @@ impl Coordinator {
             return WATCH;
         }
         let began = Instant::now();
-        let looked = self.parts.watch.look();
+        let looked = self.parts.watch.stalled();
         let taken = began.elapsed();
         match looked {
-            Ok(seen) => {
-                let stalled = seen.iter().filter(|host_socket| host_socket.sample.is_stalled());
-                let waiting = |host_socket: &HostSocket| {
-                    (host_socket.names.swap, host_socket.sample.unacknowledged_bytes)
-                };
-                let stalled = stalled.map(waiting).collect();
-                self.handle(Event::Stalled(stalled)).await;
+            Ok(stalled) => {
+                let waiting = |stalled: &HostSocket| (stalled.names.swap, stalled.unacknowledged_bytes);
+                self.handle(Event::Stalled(stalled.iter().map(waiting).collect())).await;
             }
             Err(error) => log::warn!("{error}"),
         }
@@ -602,7 +598,7 @@ impl Coordinator {
         }
         // Also of connections that no router knows any more, because their forwarder is gone: without the programs they
         // would lose their names.
-        let swapped = match (sockets, self.parts.watch.look()) {
+        let swapped = match (sockets, self.parts.watch.host_sockets()) {
             (Some(sockets), Ok(seen)) => {
                 // Other programs of the host have sockets in its network too, and a router in a pod may not look at them.
                 let named: HashSet<SocketInode> = seen.iter().map(|seen| seen.socket).collect();

@@ -1,10 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Notices that the host path of a swapped connection carries nothing any more. [`Watch`] looks, [`sample`] decides.
+//! Notices that the host path of a swapped connection carries nothing any more: `bpf/stall.bpf.c` says when that is.
 //!
 //! The sockets are found by the identity that they carry, so none of them is held: a copy of a descriptor would keep
 //! the connection open after its application has closed it.
-
-mod sample;
 
 use std::{io, mem::MaybeUninit};
 
@@ -19,7 +17,6 @@ use crate::{
     bytes::Plain,
     identity::{Identity, Names},
 };
-pub use sample::Sample;
 
 /// A host socket of this router, at one moment.
 #[derive(Clone, Debug)]
@@ -27,7 +24,7 @@ pub struct HostSocket {
     /// Zero where no descriptor is left.
     pub socket: SocketInode,
     pub names: Names,
-    pub sample: Sample,
+    pub unacknowledged_bytes: u32,
 }
 
 crate::bpf::skeleton!("stall");
@@ -35,17 +32,18 @@ use skeleton::types;
 
 #[derive(Debug, thiserror::Error)]
 pub enum StallError {
-    #[error("the program that watches swapped connections cannot be loaded: {0}")]
+    #[error("the programs that watch swapped connections cannot be loaded: {0}")]
     Load(libbpf_rs::Error),
-    #[error("the program that watches swapped connections cannot be attached to the map of identities: {0}")]
+    #[error("the programs that watch swapped connections cannot be attached to the map of identities: {0}")]
     Attach(libbpf_rs::Error),
     #[error("the swapped connections cannot be looked at: {0}")]
     Read(io::Error),
 }
 
-/// The loaded program. Dropping it unloads it.
+/// The loaded programs. Dropping it unloads them.
 pub struct Watch {
-    link: Link,
+    all: Link,
+    stalled: Link,
 }
 
 impl Watch {
@@ -53,30 +51,34 @@ impl Watch {
         let mut object = MaybeUninit::uninit();
         let open = skeleton::StallSkelBuilder::default().open(&mut object).map_err(StallError::Load)?;
         let skel = open.load().map_err(StallError::Load)?;
-        let link = skel.progs.host_sockets.attach_iter(identity.map()).map_err(StallError::Attach)?;
-        Ok(Watch { link })
+        let all = skel.progs.host_sockets.attach_iter(identity.map());
+        let stalled = skel.progs.stalled_host_sockets.attach_iter(identity.map());
+        Ok(Watch { all: all.map_err(StallError::Attach)?, stalled: stalled.map_err(StallError::Attach)? })
     }
 
     /// All host sockets of this router, as they are now.
-    pub fn look(&self) -> Result<Vec<HostSocket>, StallError> {
-        let records = records(&self.link).map_err(StallError::Read)?;
-        Ok(records
-            .into_iter()
-            .map(|record: types::host_socket| HostSocket {
-                socket: SocketInode(record.inode),
-                names: Names::read(
-                    record.identity.swap,
-                    (record.identity.local, record.identity.local_port),
-                    (record.identity.remote, record.identity.remote_port),
-                ),
-                sample: Sample {
-                    unacknowledged_bytes: record.unacknowledged_bytes,
-                    retransmissions: record.retransmissions,
-                    probes: record.probes,
-                },
-            })
-            .collect())
+    pub fn host_sockets(&self) -> Result<Vec<HostSocket>, StallError> {
+        read(&self.all)
     }
+
+    /// Those whose path carries nothing. The others are passed over in the kernel.
+    pub fn stalled(&self) -> Result<Vec<HostSocket>, StallError> {
+        read(&self.stalled)
+    }
+}
+
+fn read(link: &Link) -> Result<Vec<HostSocket>, StallError> {
+    let records = records(link).map_err(StallError::Read)?;
+    let host_socket = |record: types::host_socket| HostSocket {
+        socket: SocketInode(record.inode),
+        names: Names::read(
+            record.identity.swap,
+            (record.identity.local, record.identity.local_port),
+            (record.identity.remote, record.identity.remote_port),
+        ),
+        unacknowledged_bytes: record.unacknowledged_bytes,
+    };
+    Ok(records.into_iter().map(host_socket).collect())
 }
 
 // SAFETY: of `bpf/stall.h`: integers and arrays of bytes, padding explicit.
@@ -93,7 +95,5 @@ mod tests {
         assert_eq!(size_of::<host_socket>(), 64);
         assert_eq!(offset_of!(host_socket, inode), 48);
         assert_eq!(offset_of!(host_socket, unacknowledged_bytes), 56);
-        assert_eq!(offset_of!(host_socket, retransmissions), 60);
-        assert_eq!(offset_of!(host_socket, probes), 61);
     }
 }

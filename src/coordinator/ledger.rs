@@ -227,6 +227,8 @@ pub struct Ledger {
     /// Attempts under way that we lead, and who waits for one of them to end.
     attempts: usize,
     line: VecDeque<Tuple>,
+    /// Was any host path stalled when they were last looked at?
+    any_stalled: bool,
     tally: Tally,
     numbers: u64,
     now: Instant,
@@ -253,6 +255,7 @@ impl Ledger {
             stopping: None,
             attempts: 0,
             line: VecDeque::new(),
+            any_stalled: false,
             tally: Tally::default(),
             numbers: seed,
             now,

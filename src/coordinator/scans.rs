@@ -134,7 +134,7 @@ impl Coordinator {
         if stranded.is_empty() {
             return;
         }
-        let seen = match self.parts.watch.look() {
+        let seen = match self.parts.watch.host_sockets() {
             Ok(seen) => seen,
             Err(error) => return log::warn!("{error}"),
         };

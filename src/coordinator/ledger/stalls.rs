@@ -20,12 +20,17 @@ const PURSUE_AGAIN: Duration = Duration::from_secs(5);
 impl Ledger {
     /// `swaps` are all that are stalled now, with the bytes that wait at each: the others are carried.
     pub(super) fn stalled(&mut self, swaps: &HashMap<u64, u32>) {
+        if swaps.is_empty() && !self.any_stalled {
+            return;
+        }
         let concerned = |flow: &Flow| -> Option<(Tuple, Option<u32>)> {
             let on_host = flow.on_host()?;
             let waiting = swaps.get(&on_host.swap).copied();
             (waiting.is_some() || on_host.stalled.is_some()).then_some((flow.tuple, waiting))
         };
-        for (tuple, waiting) in self.flows().filter_map(concerned).collect::<Vec<_>>() {
+        let concerned: Vec<_> = self.flows().filter_map(concerned).collect();
+        self.any_stalled = !concerned.is_empty();
+        for (tuple, waiting) in concerned {
             match waiting {
                 _ if self.is_in_a_move(tuple) => {}
                 Some(bytes) => self.leave_host_path(tuple, bytes),
