@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Looks at sockets through `bpf/inspect.bpf.c`: what holds them and how far their sequence numbers are.
 //!
-//! Looking changes nothing. The programs are never attached to anything: each look is one `BPF_PROG_TEST_RUN`, a
-//! few microseconds for a handful of sockets, in the context of the calling thread, on descriptors of this process. The list of all
-//! descriptors is a `task_file` iterator.
+//! Looking changes nothing. The programs are never attached to anything: each look, at a handful of sockets or descriptors, is
+//! one `BPF_PROG_TEST_RUN`, a few microseconds, in the context of the calling thread, on descriptors of this process. The list
+//! of all descriptors is a `task_file` iterator.
 
 pub mod sleep;
 
