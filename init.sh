@@ -52,10 +52,8 @@ if [[ " $* " == *" cluster "* || " $* " == *" kubernetes "* ]]; then
 fi
 
 if [[ " $* " == *" deploy "* ]]; then
-    command -v kubectl >/dev/null || packages+=(kubernetes-client)           # kustomize
-    packages+=(
-        dpkg-dev # what the package depends on
-    )
+    command -v kubectl >/dev/null || packages+=(kubernetes-client) # kustomize
+    packages+=(dpkg-dev)                                           # what the package depends on
 fi
 
 missing=()

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
-/* A host socket, as one record of the iterators in stall.bpf.c. */
+/* A host socket and how it gets on, as one record of the iterator in stall.bpf.c. */
 #ifndef STALL_H
 #define STALL_H
 
@@ -9,7 +9,9 @@ struct host_socket {
 	struct identity identity;
 	__u64 inode;
 	__u32 unacknowledged_bytes;
-	__u32 padding;
+	__u8 retransmissions; /* time-outs in a row, nothing new acknowledged since */
+	__u8 probes; /* window or keepalive probes in a row, none answered */
+	__u8 padding[2];
 };
 
 #endif

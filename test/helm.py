@@ -6,8 +6,8 @@
     helm.py upgrade RELEASE CHART VALUES
     helm.py uninstall RELEASE
 
-VALUES is JSON. The namespace is kube-system, the cluster that of KUBECONFIG. With --wait as the first argument it returns
-when everything is ready, as Helm's own does."""
+VALUES is JSON. The namespace is kube-system, the cluster that of KUBECONFIG. With --wait it returns when
+everything is ready, as Helm's own does."""
 
 import asyncio
 import json

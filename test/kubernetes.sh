@@ -13,7 +13,9 @@ cache=$HOME/.cache/ebpf-router
 programs=(kube-apiserver kube-controller-manager kube-scheduler kubelet kube-proxy)
 # What was built by another version of this script is built anew.
 made_by=$(sha256sum <"$0")
-[[ $(cat "$cache/made-by" 2>/dev/null) != "$made_by" ]] || exit 0
+is_there=yes
+for program in "${programs[@]}"; do [[ -x $cache/$program ]] || is_there=no; done
+[[ $is_there == no || $(cat "$cache/made-by" 2>/dev/null) != "$made_by" ]] || exit 0
 mkdir -p "$cache"
 work=$(mktemp -d "$cache/build.XXXXXX")
 # Go makes its files read-only.

@@ -36,6 +36,7 @@ mod wait;
 
 pub mod containerd;
 pub mod docker;
+pub mod manifest;
 pub mod measure;
 pub mod podman;
 pub mod programs;

@@ -9,17 +9,11 @@ mod package;
 use std::{path::Path, process::Command};
 
 use anyhow::{Context, Result, ensure};
-use serde::Deserialize;
+use lab::manifest::documents;
 use serde_yaml::Value;
 
 /// Cargo runs tests in the package's directory.
 const DEPLOY: &str = "../../deploy";
-
-/// The documents of a YAML text, the empty ones left out.
-fn documents(text: &str) -> Result<Vec<Value>> {
-    let all = serde_yaml::Deserializer::from_str(text).map(Value::deserialize);
-    Ok(all.collect::<Result<Vec<_>, _>>()?.into_iter().filter(|document| !document.is_null()).collect())
-}
 
 fn manifest() -> Result<Vec<Value>> {
     let path = Path::new(DEPLOY).join("simple-ds.yaml");

@@ -4,15 +4,10 @@
 
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
-use serde_yaml::Value;
+use anyhow::{Result, ensure};
+use lab::manifest::{documents, find};
 
-use crate::{DEPLOY, documents, manifest, output};
-
-fn find<'a>(all: &'a [Value], kind: &str, name: &str) -> Result<&'a Value> {
-    let found = all.iter().find(|one| one["kind"] == kind && one["metadata"]["name"] == name);
-    found.with_context(|| format!("no {kind} {name}"))
-}
+use crate::{DEPLOY, manifest, output};
 
 #[test]
 fn overlays_change_settings_and_rules_alone() -> Result<()> {

@@ -4,8 +4,10 @@
 use std::{process::Command, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
-use lab::{ApiServer, Lab};
-use serde::Deserialize;
+use lab::{
+    ApiServer, Lab,
+    manifest::{documents, find},
+};
 use serde_json::json;
 use serde_yaml::Value;
 
@@ -35,18 +37,8 @@ fn installed(server: &ApiServer, values: &serde_json::Value) -> Result<Vec<Value
     documents(&manifests)
 }
 
-fn documents(text: &str) -> Result<Vec<Value>> {
-    let all = serde_yaml::Deserializer::from_str(text).map(Value::deserialize);
-    Ok(all.collect::<Result<Vec<_>, _>>()?.into_iter().filter(|document| !document.is_null()).collect())
-}
-
-fn find<'a>(all: &'a [Value], kind: &Value, name: &Value) -> Result<&'a Value> {
-    let found = all.iter().find(|one| one["kind"] == *kind && one["metadata"]["name"] == *name);
-    found.with_context(|| format!("no {kind:?} {name:?}"))
-}
-
 fn named<'a>(all: &'a [Value], kind: &str) -> Result<&'a Value> {
-    find(all, &kind.into(), &RELEASE.into())
+    find(all, kind, RELEASE)
 }
 
 #[test]
@@ -62,7 +54,8 @@ fn the_chart_with_its_own_values_is_the_manifest() -> Result<()> {
     let manifest = documents(&std::fs::read_to_string(deploy("simple-ds.yaml"))?)?;
     ensure!(!manifest.is_empty());
     for expected in manifest {
-        let found = find(&chart, &expected["kind"], &expected["metadata"]["name"])?;
+        let (kind, name) = (expected["kind"].as_str(), expected["metadata"]["name"].as_str());
+        let found = find(&chart, kind.unwrap_or_default(), name.unwrap_or_default())?;
         ensure!(*found == expected, "the chart:\n{found:#?}\nsimple-ds.yaml:\n{expected:#?}");
     }
     Ok(())
