@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
-/* A host socket and how it gets on, as one record of the iterator in stall.bpf.c. */
+/* A host socket and how it gets on, as one record of the iterators in stall.bpf.c. */
 #ifndef STALL_H
 #define STALL_H
 

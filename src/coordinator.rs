@@ -544,7 +544,8 @@ impl Coordinator {
         let taken = began.elapsed();
         match looked {
             Ok(stalled) => {
-                let waiting = |stalled: &HostSocket| (stalled.names.swap, stalled.unacknowledged_bytes);
+                let waiting =
+                    |stalled: &HostSocket| (stalled.names.swap, stalled.sample.unacknowledged_bytes);
                 self.handle(Event::Stalled(stalled.iter().map(waiting).collect())).await;
             }
             Err(error) => log::warn!("{error}"),

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Notices that the host path of a swapped connection carries nothing any more: `bpf/stall.bpf.c` says when that is.
+//! Notices that the host path of a swapped connection carries nothing any more. [`Watch`] looks, [`sample`] decides.
 //!
 //! The sockets are found by the identity that they carry, so none of them is held: a copy of a descriptor would keep
 //! the connection open after its application has closed it.
+
+mod sample;
 
 use std::{io, mem::MaybeUninit};
 
@@ -17,6 +19,7 @@ use crate::{
     bytes::Plain,
     identity::{Identity, Names},
 };
+pub use sample::Sample;
 
 /// A host socket of this router, at one moment.
 #[derive(Clone, Debug)]
@@ -24,7 +27,7 @@ pub struct HostSocket {
     /// Zero where no descriptor is left.
     pub socket: SocketInode,
     pub names: Names,
-    pub unacknowledged_bytes: u32,
+    pub sample: Sample,
 }
 
 crate::bpf::skeleton!("stall");
@@ -43,7 +46,7 @@ pub enum StallError {
 /// The loaded programs. Dropping it unloads them.
 pub struct Watch {
     all: Link,
-    stalled: Link,
+    waiting: Link,
 }
 
 impl Watch {
@@ -52,8 +55,8 @@ impl Watch {
         let open = skeleton::StallSkelBuilder::default().open(&mut object).map_err(StallError::Load)?;
         let skel = open.load().map_err(StallError::Load)?;
         let all = skel.progs.host_sockets.attach_iter(identity.map());
-        let stalled = skel.progs.stalled_host_sockets.attach_iter(identity.map());
-        Ok(Watch { all: all.map_err(StallError::Attach)?, stalled: stalled.map_err(StallError::Attach)? })
+        let waiting = skel.progs.waiting_host_sockets.attach_iter(identity.map());
+        Ok(Watch { all: all.map_err(StallError::Attach)?, waiting: waiting.map_err(StallError::Attach)? })
     }
 
     /// All host sockets of this router, as they are now.
@@ -61,9 +64,11 @@ impl Watch {
         read(&self.all)
     }
 
-    /// Those whose path carries nothing. The others are passed over in the kernel.
+    /// Those that are stalled. Those that have not waited in vain at all are passed over in the kernel.
     pub fn stalled(&self) -> Result<Vec<HostSocket>, StallError> {
-        read(&self.stalled)
+        let mut waiting = read(&self.waiting)?;
+        waiting.retain(|host_socket| host_socket.sample.is_stalled());
+        Ok(waiting)
     }
 }
 
@@ -76,7 +81,11 @@ fn read(link: &Link) -> Result<Vec<HostSocket>, StallError> {
             (record.identity.local, record.identity.local_port),
             (record.identity.remote, record.identity.remote_port),
         ),
-        unacknowledged_bytes: record.unacknowledged_bytes,
+        sample: Sample {
+            unacknowledged_bytes: record.unacknowledged_bytes,
+            retransmissions: record.retransmissions,
+            probes: record.probes,
+        },
     };
     Ok(records.into_iter().map(host_socket).collect())
 }
@@ -95,5 +104,7 @@ mod tests {
         assert_eq!(size_of::<host_socket>(), 64);
         assert_eq!(offset_of!(host_socket, inode), 48);
         assert_eq!(offset_of!(host_socket, unacknowledged_bytes), 56);
+        assert_eq!(offset_of!(host_socket, retransmissions), 60);
+        assert_eq!(offset_of!(host_socket, probes), 61);
     }
 }
