@@ -3,7 +3,8 @@
  * Each read shows sockets that have an identity, all of them or those that have waited in vain: host sockets of this router,
  * and no other socket of the kernel. Nothing holds a reference to them meanwhile, which would hide that an application closes one.
  *
- * User space attaches both to the map of identity.bpf.c. A socket is not locked: a record may mix two moments.
+ * There are two ways to find them, and user space loads one. A socket may change while it is shown: a record may mix two
+ * moments.
  */
 #include "vmlinux.h"
 #include <bpf/bpf_core_read.h>
@@ -15,22 +16,19 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 /* Not used here: it makes the skeleton generate the Rust type. */
 struct host_socket _host_socket = {};
 
-/* After the last socket a program runs once more, without one. */
-static __always_inline struct tcp_sock *tcp_sock_of(struct bpf_iter__bpf_sk_storage_map *ctx)
-{
-	struct sock *sk = ctx->sk;
+/* That of identity.bpf.c. */
+IDENTITIES_MAP;
 
-	return sk ? bpf_skc_to_tcp_sock(sk) : NULL;
+static __always_inline bool has_waited_in_vain(struct tcp_sock *tp)
+{
+	return tp->inet_conn.icsk_retransmits || tp->inet_conn.icsk_probes_out;
 }
 
-static __always_inline void show(struct bpf_iter__bpf_sk_storage_map *ctx, struct tcp_sock *tp)
+static __always_inline void show(struct seq_file *seq, struct tcp_sock *tp, struct identity *identity)
 {
-	struct identity *identity = ctx->value;
 	struct host_socket record = {};
 	struct socket *socket;
 
-	if (!identity)
-		return;
 	record.identity = *identity;
 	/* None: no descriptor is left. */
 	socket = BPF_CORE_READ((struct sock *)tp, sk_socket);
@@ -39,26 +37,70 @@ static __always_inline void show(struct bpf_iter__bpf_sk_storage_map *ctx, struc
 	record.unacknowledged_bytes = tp->write_seq - tp->snd_una;
 	record.retransmissions = tp->inet_conn.icsk_retransmits;
 	record.probes = tp->inet_conn.icsk_probes_out;
-	bpf_seq_write(ctx->meta->seq, &record, sizeof(record));
+	bpf_seq_write(seq, &record, sizeof(record));
+}
+
+/*
+ * The first way: by the map, which holds just the sockets that are meant. After the last one a program runs once more,
+ * without one.
+ */
+static __always_inline struct tcp_sock *of_map(struct bpf_iter__bpf_sk_storage_map *ctx)
+{
+	struct sock *sk = ctx->sk;
+
+	return sk ? bpf_skc_to_tcp_sock(sk) : NULL;
 }
 
 SEC("iter/bpf_sk_storage_map")
-int host_sockets(struct bpf_iter__bpf_sk_storage_map *ctx)
+int all_of_map(struct bpf_iter__bpf_sk_storage_map *ctx)
 {
-	struct tcp_sock *tp = tcp_sock_of(ctx);
+	struct tcp_sock *tp = of_map(ctx);
+	struct identity *identity = ctx->value;
 
-	if (tp)
-		show(ctx, tp);
+	if (tp && identity)
+		show(ctx->meta->seq, tp, identity);
 	return 0;
 }
 
 /* Those of which user space has to decide whether they are stalled: of many, next to none. */
 SEC("iter/bpf_sk_storage_map")
-int waiting_host_sockets(struct bpf_iter__bpf_sk_storage_map *ctx)
+int waiting_of_map(struct bpf_iter__bpf_sk_storage_map *ctx)
 {
-	struct tcp_sock *tp = tcp_sock_of(ctx);
+	struct tcp_sock *tp = of_map(ctx);
+	struct identity *identity = ctx->value;
 
-	if (tp && (tp->inet_conn.icsk_retransmits || tp->inet_conn.icsk_probes_out))
-		show(ctx, tp);
+	if (tp && identity && has_waited_in_vain(tp))
+		show(ctx->meta->seq, tp, identity);
+	return 0;
+}
+
+/* The other way: all TCP sockets of the network of the host, which the reader is in. */
+static __always_inline struct tcp_sock *of_network(struct bpf_iter__tcp *ctx)
+{
+	struct sock_common *sk = ctx->sk_common;
+
+	return sk ? bpf_skc_to_tcp_sock(sk) : NULL;
+}
+
+SEC("iter/tcp")
+int all_of_network(struct bpf_iter__tcp *ctx)
+{
+	struct tcp_sock *tp = of_network(ctx);
+	struct identity *identity = tp ? bpf_sk_storage_get(&identities, tp, 0, 0) : NULL;
+
+	if (identity)
+		show(ctx->meta->seq, tp, identity);
+	return 0;
+}
+
+SEC("iter/tcp")
+int waiting_of_network(struct bpf_iter__tcp *ctx)
+{
+	struct tcp_sock *tp = of_network(ctx);
+	struct identity *identity =
+		tp && has_waited_in_vain(tp) ? bpf_sk_storage_get(&identities, tp, 0, 0) : NULL;
+
+	if (identity)
+		show(ctx->meta->seq, tp, identity);
 	return 0;
 }

@@ -59,6 +59,19 @@ impl Names {
         let address = |(ip, port): ([u8; 16], u16)| Endpoint::new(unmapped(ip), u16::from_be(port));
         Names { swap, local: address(local), remote: address(remote) }
     }
+
+    pub fn write(&self, map: &MapHandle, host_socket: BorrowedFd<'_>) -> libbpf_rs::Result<()> {
+        let value = types::identity {
+            swap: self.swap,
+            local: mapped(self.local.ip()),
+            remote: mapped(self.remote.ip()),
+            local_port: self.local.port().to_be(),
+            remote_port: self.remote.port().to_be(),
+            v6: u8::from(self.local.ip().is_ipv6()),
+            padding: [0; 3],
+        };
+        map.update(&host_socket.as_raw_fd().to_ne_bytes(), as_bytes(&value), MapFlags::ANY)
+    }
 }
 
 /// A map in which nobody has names, for whoever only looks: it is not pinned, and no program is attached.
@@ -116,17 +129,7 @@ impl Identity {
 
     /// Give a host socket its names.
     pub fn set(&self, host_socket: &OwnedFd, names: &Names) -> Result<(), IdentityError> {
-        let value = types::identity {
-            swap: names.swap,
-            local: mapped(names.local.ip()),
-            remote: mapped(names.remote.ip()),
-            local_port: names.local.port().to_be(),
-            remote_port: names.remote.port().to_be(),
-            v6: u8::from(names.local.ip().is_ipv6()),
-            padding: [0; 3],
-        };
-        let key = host_socket.as_raw_fd().to_ne_bytes();
-        self.map.update(&key, as_bytes(&value), MapFlags::ANY).map_err(IdentityError::Set)
+        names.write(&self.map, host_socket.as_fd()).map_err(IdentityError::Set)
     }
 
     /// Take the programs away: no host socket is left that needs them.

@@ -187,7 +187,7 @@ async fn run(settings: Settings) -> Result<()> {
     let (rules, rules_of_tracer) = watch::channel(rules);
     let tracer = Tracer::start(&scope, identity.map(), Telling::WhenOldEnough(rules_of_tracer), traced)?;
     let processes = Processes::load(&scope)?;
-    let watch = Watch::start(&identity)?;
+    let watch = Watch::start(identity.map())?;
     log::info!(
         "tracing in {}, {} rules, routers on port {}, commands at {}",
         scope_path.display(),
