@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What the Kubernetes API server knows: the rules, in the ConfigMap `ebpf-router-rules`, and which host each pod is on.
+//! What the Kubernetes API server knows: the rules, in the ConfigMap `ebpf-router-rules`, which host each pod is on, and how
+//! this host's are labelled.
 //!
 //! Both are watched on a thread of their own, so that a list of ten thousand pods delays no move. While the server is
 //! away, what it has told stays; the router starts without it, too.
@@ -9,6 +10,7 @@ mod pods;
 mod reach;
 
 use std::{
+    net::IpAddr,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -22,7 +24,7 @@ use kube::{
 use tokio::sync::{mpsc, oneshot};
 
 pub use config_map::CONFIG_MAP;
-pub use pods::PodHosts;
+pub use pods::Pods;
 pub use reach::Reach;
 
 use crate::rules::Reading;
@@ -35,7 +37,7 @@ const CONNECT: Duration = Duration::from_secs(5);
 /// Whether and how the Kubernetes API server is asked.
 #[derive(Args, Clone, Debug)]
 pub struct ClusterSettings {
-    /// Ask the Kubernetes API server for rules and for pods' hosts. auto: if there is a service account or a kubeconfig.
+    /// Ask the Kubernetes API server for rules and for pods' hosts and labels. auto: if there is a service account or a kubeconfig.
     #[arg(
         long,
         env = "ROUTER_KUBERNETES",
@@ -179,15 +181,19 @@ fn program(user: &AuthInfo) -> Option<String> {
 /// The watches, which run as long as the process.
 #[derive(Clone)]
 pub struct Cluster {
-    pub pods: PodHosts,
+    pub pods: Pods,
     pub reach: Arc<Reach>,
 }
 
 impl Cluster {
-    /// Returns when the thread runs, not when the server has answered.
-    pub async fn start(access: Access, readings: mpsc::Sender<Reading>) -> Result<Cluster, ClusterError> {
+    /// Returns when the thread runs, not when the server has answered. `own`: the addresses of this host.
+    pub async fn start(
+        access: Access,
+        own: Vec<IpAddr>,
+        readings: mpsc::Sender<Reading>,
+    ) -> Result<Cluster, ClusterError> {
         let reach = Arc::new(Reach::new(access.server()));
-        let cluster = Cluster { pods: PodHosts::default(), reach };
+        let cluster = Cluster { pods: Pods::of_host(own), reach };
         let watched = cluster.clone();
         let (ready, started) = oneshot::channel();
         let run = move || {

@@ -344,15 +344,26 @@ impl Coordinator {
     /// Connections of containers that no runtime has told of: has one now?
     async fn look_for_workloads(&mut self) {
         let is_unknown = |flow: &&Flow| !flow.workload.unknown.is_empty();
-        let mut found = Vec::new();
-        for flow in self.ledger.flows().filter(is_unknown) {
-            if let Some(workload) = self.parts.lookup.resolve(&flow.workload) {
-                let declined = self.parts.lookup.verdict(flow.side, flow.tuple, &workload);
-                found.push((flow.tuple, workload, declined));
-            }
-        }
-        for (tuple, workload, declined) in found {
-            self.handle(Event::Workload(tuple, workload, declined)).await;
+        let lookup = &mut self.parts.lookup;
+        let known = |flow| lookup.renewed(flow).map(|workload| lookup.judged(flow, Some(workload)));
+        let known: Vec<Event> = self.ledger.flows().filter(is_unknown).filter_map(known).collect();
+        self.handle_all(known).await;
+    }
+
+    /// By the rules and the labels that there are now.
+    async fn judge_all(&mut self) {
+        let lookup = &mut self.parts.lookup;
+        let judged = |flow| {
+            let renewed = lookup.renewed(flow);
+            lookup.judged(flow, renewed)
+        };
+        let judged: Vec<Event> = self.ledger.flows().map(judged).collect();
+        self.handle_all(judged).await;
+    }
+
+    async fn handle_all(&mut self, events: Vec<Event>) {
+        for event in events {
+            self.handle(event).await;
         }
     }
 
@@ -387,6 +398,8 @@ impl Coordinator {
                         Some(Restored { conn, sockets, note, moved })
                     });
                     self.handle(Event::Parked(restored.collect())).await;
+                    // The rules may be others than those by which an earlier router swapped them, and so may labels.
+                    self.judge_all().await;
                     self.scan();
                     Event::ForwarderUp
                 }
@@ -504,7 +517,11 @@ impl Coordinator {
         }
         self.parts.lookup.look_at_interfaces().await;
         self.look_for_pods().await;
-        self.look_for_workloads().await;
+        if self.parts.lookup.pods_are_relabelled() {
+            self.judge_all().await;
+        } else {
+            self.look_for_workloads().await;
+        }
         self.keep_translations().await;
     }
 
@@ -524,13 +541,8 @@ impl Coordinator {
     }
 
     async fn read_rules(&mut self, reading: Reading) {
-        if !self.parts.lookup.take_rules(reading) {
-            return;
-        }
-        let verdict = |flow: &flow::Flow| self.parts.lookup.verdict(flow.side, flow.tuple, &flow.workload);
-        let verdicts: Vec<_> = self.ledger.flows().map(|flow| (flow.tuple, verdict(flow))).collect();
-        for (tuple, declined) in verdicts {
-            self.handle(Event::Verdict(tuple, declined)).await;
+        if self.parts.lookup.take_rules(reading) {
+            self.judge_all().await;
         }
     }
 

@@ -46,7 +46,7 @@ use tokio::sync::{mpsc, watch};
 
 pub use coordinator::wire;
 
-use cluster::{Access, Cluster};
+use cluster::{Access, Cluster, Pods};
 use control::ControlSocket;
 use coordinator::{Inlets, Lookup, Parts};
 use identity::Identity;
@@ -158,17 +158,17 @@ async fn run(settings: Settings) -> Result<()> {
             rules
         }
     };
-    let cluster = match access {
-        Some(access) => Some(Cluster::start(access, readings).await?),
-        None => None,
-    };
-    let (workloads, told) = workloads(&settings)?;
     let netlink = peers::netlink()?;
     let interfaces = Interfaces::find(&netlink, &settings.overlay_if, &settings.host_if).await?;
+    let cluster = match access {
+        Some(access) => Some(Cluster::start(access, interfaces.addresses.clone(), readings).await?),
+        None => None,
+    };
+    let pods = cluster.as_ref().map(|cluster| cluster.pods.clone()).unwrap_or_default();
+    let (workloads, told) = workloads(&settings, pods.clone())?;
     let IpAddr::V4(host_address) = interfaces.host_address else { bail!("HOST_IF has no IPv4 address") };
     let trust = Trust::open(&settings.trust, interfaces.host_address)?;
     log::info!("interfaces: {}", interfaces.found);
-    let pods = cluster.as_ref().map(|cluster| cluster.pods.clone()).unwrap_or_default();
     let peers = Peers::load(settings.peers.as_deref(), pods, netlink.clone())?;
     let listener = coordinator::listen(settings.router_port).map_err(|error| {
         anyhow!(
@@ -225,7 +225,7 @@ async fn print_traced(settings: Settings) -> Result<()> {
     if let Some(obstacle) = check::obstacle(&lines) {
         bail!("{obstacle}");
     }
-    let (mut workloads, mut told) = workloads(&settings)?;
+    let (mut workloads, mut told) = workloads(&settings, Pods::default())?;
     let scope_path = settings.scope()?;
     let scope = Scope::of(&scope_path)?;
     // What a router has attached and pinned is not touched.
@@ -250,7 +250,7 @@ async fn print_traced(settings: Settings) -> Result<()> {
     }
 }
 
-fn workloads(settings: &Settings) -> Result<(Workloads, mpsc::Receiver<Told>)> {
+fn workloads(settings: &Settings, pods: Pods) -> Result<(Workloads, mpsc::Receiver<Told>)> {
     let settings = &settings.workloads;
-    Ok(Workloads::open(settings.labels.as_deref(), Runtimes::new(&settings.runtime)?)?)
+    Ok(Workloads::open(settings.labels.as_deref(), Runtimes::new(&settings.runtime)?, pods)?)
 }

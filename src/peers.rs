@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 pub use interfaces::Interfaces;
 
-use crate::cluster::PodHosts;
+use crate::cluster::Pods;
 pub use file::StaticPeers;
 
 #[derive(Debug, thiserror::Error)]
@@ -137,13 +137,13 @@ impl Source {
 
 /// All sources.
 pub struct Peers {
-    pods: PodHosts,
+    pods: Pods,
     file: StaticPeers,
     netlink: rtnetlink::Handle,
 }
 
 impl Peers {
-    pub fn load(file: Option<&Path>, pods: PodHosts, netlink: rtnetlink::Handle) -> Result<Peers, PeerError> {
+    pub fn load(file: Option<&Path>, pods: Pods, netlink: rtnetlink::Handle) -> Result<Peers, PeerError> {
         Ok(Peers { pods, file: file.map(StaticPeers::load).transpose()?.unwrap_or_default(), netlink })
     }
 
@@ -161,7 +161,7 @@ impl Peers {
         })
     }
 
-    pub fn pods(&self) -> &PodHosts {
+    pub fn pods(&self) -> &Pods {
         &self.pods
     }
 }

@@ -105,6 +105,10 @@ impl RuleSet {
         RuleSet { rules: Vec::new(), awaited: true }
     }
 
+    pub fn are_awaited(&self) -> bool {
+        self.awaited
+    }
+
     pub fn len(&self) -> usize {
         self.rules.len()
     }

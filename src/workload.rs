@@ -9,7 +9,7 @@
 //! Nobody waits for a runtime: a container that none has told of yet is shown by the end of its cgroup's path, without
 //! labels, and its connections are looked at again when one has. It is asked about once, because a runtime fixes the
 //! labels of a container when it makes it, and no two have the same id: there is nothing that would have to be followed.
-//! What changes later, such as a pod's labels in Kubernetes, no runtime is told.
+//! How Kubernetes labels a running pod anew no runtime is told: that is known from the API server ([`Pods`]).
 
 mod cgroup;
 mod cri;
@@ -32,6 +32,7 @@ pub use cgroup::ContainerId;
 pub use labels_file::LabelsFile;
 pub use runtimes::{Runtimes, WorkloadSettings};
 
+use crate::cluster::Pods;
 use labels_file::LabelError;
 use runtimes::Answer;
 
@@ -47,6 +48,10 @@ const UNREACHABLE: Duration = Duration::from_secs(1);
 /// those of its image too, and most that are longer are texts for people.
 const MAX_LABEL: usize = 512;
 const MAX_LABELS: usize = 256;
+
+/// What kubelet adds to a pod's own labels when it has a runtime make it.
+const POD_UID: &str = "io.kubernetes.pod.uid";
+const KUBELETS: [&str; 3] = ["io.kubernetes.pod.name", "io.kubernetes.pod.namespace", POD_UID];
 
 /// A container, as far as it is known.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -69,6 +74,7 @@ pub struct Told {
 pub struct Workloads {
     file: LabelsFile,
     runtimes: Arc<Runtimes>,
+    pods: Pods,
     known: HashMap<ContainerId, Known>,
     told: mpsc::Sender<Told>,
 }
@@ -84,12 +90,13 @@ impl Workloads {
     pub fn open(
         labels: Option<&Path>,
         runtimes: Runtimes,
+        pods: Pods,
     ) -> Result<(Workloads, mpsc::Receiver<Told>), LabelError> {
         let file = labels.map(LabelsFile::load).transpose()?.unwrap_or_default();
         runtimes.tell_of_missing();
         // Room for all that are asked: nobody waits to give an answer.
         let (told, receiver) = mpsc::channel(MAX_ASKED);
-        Ok((Workloads { file, runtimes: Arc::new(runtimes), known: HashMap::new(), told }, receiver))
+        Ok((Workloads { file, runtimes: Arc::new(runtimes), pods, known: HashMap::new(), told }, receiver))
     }
 
     /// The container of a process of this host. A process that has ended belongs to none.
@@ -106,14 +113,15 @@ impl Workloads {
         }
         let unknown = if self.runtimes.are_none() { Vec::new() } else { cgroup::containers(&cgroups) };
         let untold = Workload { name: end_of_path(&paths), unknown, ..Workload::default() };
-        Ok(self.resolve(&untold).unwrap_or(untold))
+        Ok(self.renewed(&untold).unwrap_or(untold))
     }
 
-    /// The same container, if a runtime has told of it since. Otherwise they are asked.
-    pub fn resolve(&mut self, untold: &Workload) -> Option<Workload> {
-        let container = untold.unknown.first()?;
+    /// The same container, if more is known of it now, or if its pod is labelled otherwise. Of one that is not known the
+    /// runtimes are asked.
+    pub fn renewed(&mut self, workload: &Workload) -> Option<Workload> {
+        let Some(container) = workload.unknown.first() else { return self.relabelled(workload) };
         match self.known.get(container) {
-            Some(Known::Is(workload)) => return Some(workload.clone()),
+            Some(Known::Is(known)) => return Some(self.relabelled(known).unwrap_or_else(|| known.clone())),
             Some(Known::Asked) => return None,
             Some(Known::UnknownUntil(time)) if Instant::now() < *time => return None,
             Some(Known::UnknownUntil(_)) | None => {}
@@ -124,9 +132,18 @@ impl Workloads {
                 self.known.retain(|_, known| matches!(known, Known::Asked));
             }
             self.known.insert(container.clone(), Known::Asked);
-            self.ask(untold.unknown.clone());
+            self.ask(workload.unknown.clone());
         }
         None
+    }
+
+    /// With the labels that its pod has now, if they are others.
+    fn relabelled(&self, workload: &Workload) -> Option<Workload> {
+        let labels = self.pods.labels_of(workload.pod_labels.get(POD_UID)?)?;
+        let added = workload.pod_labels.iter().filter(|(name, _)| KUBELETS.contains(&name.as_str()));
+        let all = added.chain(labels.iter()).map(|(name, value)| (name.clone(), value.clone()));
+        let pod_labels = kept(all.collect());
+        (pod_labels != workload.pod_labels).then(|| Workload { pod_labels, ..workload.clone() })
     }
 
     fn ask(&self, containers: Vec<ContainerId>) {
@@ -180,15 +197,16 @@ mod tests {
     #[tokio::test]
     async fn a_runtime_that_does_not_answer_is_not_asked_again_at_once() {
         let nobody = RuntimeSetting::Socket("/nonexistent/runtime.sock".into());
-        let (mut workloads, mut told) = Workloads::open(None, Runtimes::new(&nobody).unwrap()).unwrap();
+        let (mut workloads, mut told) =
+            Workloads::open(None, Runtimes::new(&nobody).unwrap(), Pods::default()).unwrap();
         let unknown = cgroup::containers(&format!("0::/docker/{}\n", "7".repeat(64)));
         let untold = Workload { unknown, ..Workload::default() };
-        assert_eq!(workloads.resolve(&untold), None);
+        assert_eq!(workloads.renewed(&untold), None);
         workloads.learn(told.recv().await.unwrap());
-        assert_eq!(workloads.resolve(&untold), None);
+        assert_eq!(workloads.renewed(&untold), None);
         assert!(timeout(UNREACHABLE / 4, told.recv()).await.is_err(), "it was asked again");
         tokio::time::sleep(UNREACHABLE).await;
-        assert_eq!(workloads.resolve(&untold), None);
+        assert_eq!(workloads.renewed(&untold), None);
         assert!(told.recv().await.is_some());
     }
 

@@ -284,8 +284,11 @@ fn orders(facts: &Facts<'_>) -> Vec<Step> {
             Cause::Stop => "the stop of a router",
             Cause::HostPath => "the failure of its host path",
         };
-        let left = span(order.until.saturating_duration_since(facts.now));
-        let text = format!("{who} moves it to {}; tried for another {left} at most", place(order.direction));
+        let left = |until: Instant| {
+            format!("for another {} at most", span(until.saturating_duration_since(facts.now)))
+        };
+        let how_long = order.until.map_or("until they want something else".to_owned(), left);
+        let text = format!("{who} moves it to {}; tried {how_long}", place(order.direction));
         steps.push(Step::new("order", Says::Note, text));
     }
     if let Some(until) = flow.avoids_host_until.filter(|until| *until > facts.now) {

@@ -71,7 +71,8 @@ pub enum PeerSays {
 pub struct Order {
     pub direction: Direction,
     pub cause: Cause,
-    pub until: Instant,
+    /// None: what orders it says so when it does not want it any more.
+    pub until: Option<Instant>,
 }
 
 /// A move under way.

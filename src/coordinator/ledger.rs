@@ -43,7 +43,7 @@ const ORDER: Duration = Duration::from_secs(5);
 const STOP: Duration = Duration::from_secs(15);
 /// One to leave a host path that has failed: tried later and later, because each try stops programs in vain.
 const PURSUIT: Duration = Duration::from_secs(60);
-/// Between two tries: doubled from the first to the last. Other orders do not wait longer than `ORDER_RETRY`.
+/// Between two tries: doubled from the first to the last. Orders that somebody waits for do not wait longer than `ORDER_RETRY`.
 const FIRST_RETRY: Duration = Duration::from_millis(20);
 const LAST_RETRY: Duration = Duration::from_secs(5);
 const ORDER_RETRY: Duration = Duration::from_millis(100);
@@ -293,7 +293,7 @@ impl Ledger {
             Event::Peer(node, message) => self.peer_said(&node, message),
             Event::Verdict(tuple, declined) => self.verdict(tuple, declined),
             Event::Workload(tuple, workload, declined) => self.workload(tuple, workload, declined),
-            Event::Order(tuple, direction) => self.order(tuple, direction, Cause::Order, ORDER),
+            Event::Order(tuple, direction) => self.order(tuple, direction, Cause::Order, Some(ORDER)),
             Event::Stop { leave } => self.stop(leave),
             Event::Alarm => self.ring(),
         }
@@ -429,7 +429,7 @@ impl Ledger {
                 self.step(tuple, Input::Overdue);
                 continue;
             }
-            if flow.order.is_some_and(|order| order.until <= self.now) {
+            if flow.order.and_then(|order| order.until).is_some_and(|until| until <= self.now) {
                 let otherwise = if is_moving { Refusal::HolderBusy } else { Refusal::PeerUnknown };
                 let reason = flow.reason.unwrap_or(otherwise);
                 self.order_failed(tuple, reason);

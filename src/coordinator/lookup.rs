@@ -16,7 +16,7 @@ use tokio::sync::watch;
 
 use super::{
     flow::{Flow, Home},
-    ledger::{Learned, Stranded},
+    ledger::{Event, Learned, Stranded},
     wire::Tuple,
 };
 use crate::{
@@ -56,6 +56,8 @@ pub struct Lookup {
     sources: HashMap<PeerAddress, Source>,
     /// Of the pods' hosts, when they were last looked at for connections without a peer.
     pods_version: u64,
+    /// Of the labels of this host's pods, when connections were last held against the rules for them.
+    labels_version: u64,
 }
 
 /// What the kernel shows of a connection, whichever way.
@@ -109,6 +111,7 @@ impl Lookup {
             facts: HashMap::new(),
             sources: HashMap::new(),
             pods_version: 0,
+            labels_version: 0,
         })
     }
 
@@ -241,10 +244,16 @@ impl Lookup {
         self.workloads.learn(said);
     }
 
-    /// The same container, if a runtime has told of it since.
-    pub fn resolve(&mut self, untold: &Workload) -> Option<Arc<Workload>> {
-        let workload = self.workloads.resolve(untold)?;
-        Some(self.once(workload))
+    /// Its container, if more is known of that now, or something else.
+    pub fn renewed(&mut self, flow: &Flow) -> Option<Arc<Workload>> {
+        let renewed = self.workloads.renewed(&flow.workload)?;
+        Some(self.once(renewed))
+    }
+
+    /// Have pods of this host been labelled otherwise since this was last asked?
+    pub fn pods_are_relabelled(&mut self) -> bool {
+        let version = self.peers.pods().labels_version();
+        std::mem::replace(&mut self.labels_version, version) != version
     }
 
     fn once(&mut self, workload: Workload) -> Arc<Workload> {
@@ -264,8 +273,21 @@ impl Lookup {
         })
     }
 
+    /// What the rules say of a connection that was held against them before. Until there are any, what is swapped stays.
+    pub fn judged(&self, flow: &Flow, renewed: Option<Arc<Workload>>) -> Event {
+        let workload = renewed.as_ref().unwrap_or(&flow.workload);
+        let declined = match flow.on_host() {
+            Some(_) if self.rules.borrow().are_awaited() => flow.declined,
+            Some(_) | None => self.verdict(flow.side, flow.tuple, workload),
+        };
+        match renewed {
+            Some(workload) => Event::Workload(flow.tuple, workload, declined),
+            None => Event::Verdict(flow.tuple, declined),
+        }
+    }
+
     /// Why our rules do not want it swapped.
-    pub fn verdict(&self, side: Side, tuple: Tuple, workload: &Workload) -> Option<Refusal> {
+    fn verdict(&self, side: Side, tuple: Tuple, workload: &Workload) -> Option<Refusal> {
         let (server, client) = side.server_and_client(tuple.local.ip(), tuple.remote.ip());
         match self.rules.borrow().decide(&candidate(server, client, workload)) {
             Verdict::Swap => None,
@@ -308,7 +330,7 @@ impl Lookup {
 
     /// Has more been heard of pods' hosts since this was last asked?
     pub fn knows_more_pods(&mut self) -> bool {
-        let version = self.peers.pods().version();
+        let version = self.peers.pods().hosts_version();
         std::mem::replace(&mut self.pods_version, version) != version
     }
 

@@ -55,7 +55,7 @@ impl Ledger {
                 // The forwarder ends it; but whoever has ordered something does not wait for longer than it was to take.
                 self.clear_alarm(tuple);
                 if let Some(order) = self.flows.get(&tuple).and_then(|flow| flow.order) {
-                    self.set_alarm(tuple, order.until);
+                    self.give_up_at(tuple, order.until);
                 }
             } else if progress {
                 self.set_alarm(tuple, self.now + STEP);
@@ -259,12 +259,11 @@ impl Ledger {
         flow.failures += 1;
         let doubled = FIRST_RETRY.saturating_mul(1 << flow.failures.min(12)).min(LAST_RETRY);
         let ordered = flow.order;
-        // Nobody waits for the answer where the host path has failed.
-        let waited_for = ordered.is_some_and(|order| order.cause != Cause::HostPath);
+        let waited_for = ordered.is_some_and(|order| matches!(order.cause, Cause::Order | Cause::Stop));
         let retry = if waited_for { doubled.min(ORDER_RETRY) } else { doubled };
         // Two hosts that refuse each other must not come back at the same times for ever.
         let at = self.now + retry.mul_f64(1.0 + (self.number() % 256) as f64 / 512.0);
-        if ordered.is_some_and(|order| !reason.is_passing() || at >= order.until) {
+        if ordered.is_some_and(|order| !reason.is_passing() || order.until.is_some_and(|until| at >= until)) {
             self.order_failed(tuple, reason);
         }
         if reason.is_passing() {

@@ -89,8 +89,11 @@ impl Ledger {
                 if let Some(tuple) = about
                     && self.leads_with(peer, tuple)
                 {
-                    let time = if cause == Cause::HostPath { PURSUIT } else { ORDER };
-                    self.order(tuple, direction, cause, time);
+                    let time = match cause {
+                        Cause::HostPath | Cause::Rules => PURSUIT,
+                        Cause::Order | Cause::Stop => ORDER,
+                    };
+                    self.order(tuple, direction, cause, Some(time));
                 }
             }
             Message::Offer { attempted, direction, cause, .. } => match about {

@@ -58,7 +58,7 @@ impl Ledger {
             _ if !way_back => self.refuse(tuple, Refusal::NotParked),
             Home::Peer(peer) if !self.is_up(peer) => self.refuse(tuple, Refusal::PeerUnreachable),
             Home::Peer(_) | Home::SameHost | Home::Nowhere(_) => {
-                self.order(tuple, Direction::ToOverlay, Cause::HostPath, PURSUIT);
+                self.order(tuple, Direction::ToOverlay, Cause::HostPath, Some(PURSUIT));
             }
         }
     }

@@ -415,6 +415,64 @@ fn rules_that_no_longer_want_a_connection_take_it_back() {
     }
 }
 
+/// Rules decline it at this host, whose peer's router is away.
+fn declined_without_the_peer(host: usize) -> (World, Tuple, PeerAddress) {
+    let mut world = World::swapped();
+    let (tuple, peer) = if host == 0 { (tuple(), THERE) } else { (tuple().reversed(), HERE) };
+    world.at(host, Event::PeerDown(peer));
+    world.at(host, Event::Verdict(tuple, Some(Refusal::NoRuleMatches)));
+    world.wait(Duration::from_secs(600));
+    let view = world.view(host);
+    assert_eq!((view.path, view.reason.as_deref()), (Shown::Host, Some("peer_unreachable")));
+    (world, tuple, peer)
+}
+
+#[test]
+fn rules_take_a_connection_back_however_late_its_peer_is_reached() {
+    for host in [0, 1] {
+        let (mut world, _, peer) = declined_without_the_peer(host);
+        world.at(host, Event::PeerUp(peer));
+        world.expect_all(Shown::Overlay);
+        assert_eq!(world.view(host).reason.as_deref(), Some("no_rule_matches"));
+    }
+}
+
+#[test]
+fn rules_that_want_a_connection_again_leave_it_where_it_is() {
+    for host in [0, 1] {
+        let (mut world, tuple, peer) = declined_without_the_peer(host);
+        world.at(host, Event::Verdict(tuple, None));
+        world.at(host, Event::PeerUp(peer));
+        world.expect_all(Shown::Host);
+        assert_eq!((world.view(host).reason, world.view(host).swaps), (None, 1));
+    }
+}
+
+#[test]
+fn a_stop_that_leaves_does_not_wait_for_what_rules_want() {
+    let (mut world, ..) = declined_without_the_peer(0);
+    assert!(world.ledgers[0].awaited(None).is_some());
+    world.at(0, Event::Stop { leave: true });
+    assert_eq!(world.ledgers[0].awaited(None), None);
+}
+
+#[test]
+fn rules_take_a_connection_back_however_long_it_is_busy_and_try_later_and_later() {
+    for host in [0, 1] {
+        let mut world = World::swapped();
+        world.refusals[0].extend([Refusal::HolderBusy; 100]);
+        let of_host = if host == 0 { tuple() } else { tuple().reversed() };
+        world.at(host, Event::Verdict(of_host, Some(Refusal::NoRuleMatches)));
+        world.wait(Duration::from_secs(300));
+        world.expect_all(Shown::Host);
+        let tries = 100 - world.refusals[0].len();
+        assert!((40..90).contains(&tries), "{tries} tries in 300 s, wanted by {host}");
+        world.refusals[0].clear();
+        world.wait(Duration::from_secs(10));
+        world.expect_all(Shown::Overlay);
+    }
+}
+
 #[test]
 fn rules_that_want_a_connection_at_last_leave_the_reason_of_others() {
     let check = |home: Home, of_peer: Option<Refusal>, reason: Refusal| {

@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What is wanted of each connection: by rules, by people, by a stop.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use forwarder_api::{Direction, Refusal};
 
 use super::{
-    ASK_AGAIN, Action, Attempt, Cause, Flow, GRACE, Home, Input, Ledger, MAX_ATTEMPTS, Message, ORDER, Order,
-    Part, PeerSays, STOP, Stopping, Tuple,
+    ASK_AGAIN, Action, Attempt, Cause, Flow, GRACE, Home, Input, Ledger, MAX_ATTEMPTS, Message, Order, Part,
+    PeerSays, STOP, Stopping, Tuple,
 };
 use crate::workload::Workload;
 
@@ -23,15 +26,22 @@ impl Ledger {
         }
         let on_host = flow.on_host().is_some();
         match declined {
-            Some(_) if on_host => self.order(tuple, Direction::ToOverlay, Cause::Rules, ORDER),
+            Some(_) if on_host => self.order(tuple, Direction::ToOverlay, Cause::Rules, None),
             Some(reason) => self.refuse(tuple, reason),
-            None => {}
+            None => self.no_longer_ordered_by_rules(tuple),
         }
         self.tell_know(tuple, true);
         self.consider(tuple);
         // What our rules do not keep on the overlay any more may be kept there by something else.
         if declined.is_none() && self.get(tuple).is_some_and(|flow| flow.alarm.is_none()) {
             self.set_alarm(tuple, self.now + GRACE);
+        }
+    }
+
+    fn no_longer_ordered_by_rules(&mut self, tuple: Tuple) {
+        let Some(flow) = self.flows.get_mut(&tuple) else { return };
+        if flow.order.take_if(|order| order.cause == Cause::Rules).is_some() && !flow.is_stalled() {
+            flow.reason = None;
         }
     }
 
@@ -42,13 +52,13 @@ impl Ledger {
         self.verdict(tuple, declined);
     }
 
-    pub(super) fn order(&mut self, tuple: Tuple, direction: Direction, cause: Cause, time: Duration) {
+    pub(super) fn order(&mut self, tuple: Tuple, direction: Direction, cause: Cause, time: Option<Duration>) {
         let Some(flow) = self.flows.get_mut(&tuple) else {
             return self.act(Action::Answer(tuple, Err(Refusal::NotEstablished)));
         };
         // Whoever ordered first waits as well: another order of the same kind gives it no more time.
         let pending = flow.order.filter(|order| order.cause == cause).map(|order| order.until);
-        let until = pending.unwrap_or(self.now + time);
+        let until = pending.unwrap_or_else(|| time.map(|time| self.now + time));
         if cause == Cause::Order {
             flow.held = direction == Direction::ToOverlay;
         }
@@ -67,7 +77,7 @@ impl Ledger {
                 self.consider(tuple);
             }
             // It ends by itself; whoever waits is answered in time all the same.
-            Some(attempt) if attempt.negotiation.is_moving() => self.set_alarm(tuple, until),
+            Some(attempt) if attempt.negotiation.is_moving() => self.give_up_at(tuple, until),
             Some(_) => {}
         }
     }
@@ -80,6 +90,9 @@ impl Ledger {
             if flow.attempt.as_deref().is_some_and(to_host) {
                 self.step(tuple, Input::GiveUp(Refusal::Stopping));
             }
+            if leave {
+                self.no_longer_ordered_by_rules(tuple);
+            }
             self.order_back(tuple);
         }
     }
@@ -90,7 +103,7 @@ impl Ledger {
         let mate_leads = |flow: &Flow| flow.home == Home::SameHost && !flow.decides();
         if self.flows.get(&tuple).is_some_and(|flow| flow.on_host().is_some() && !mate_leads(flow)) {
             let time = stopping.until.saturating_duration_since(self.now);
-            self.order(tuple, Direction::ToOverlay, Cause::Stop, time);
+            self.order(tuple, Direction::ToOverlay, Cause::Stop, Some(time));
         }
     }
 
@@ -110,7 +123,13 @@ impl Ledger {
         self.try_to_start(tuple);
         let Some(flow) = self.flows.get(&tuple) else { return };
         if let (Some(order), None, None) = (flow.order, &flow.attempt, flow.alarm) {
-            self.set_alarm(tuple, order.until);
+            self.give_up_at(tuple, order.until);
+        }
+    }
+
+    pub(super) fn give_up_at(&mut self, tuple: Tuple, until: Option<Instant>) {
+        if let Some(until) = until {
+            self.set_alarm(tuple, until);
         }
     }
 
@@ -156,9 +175,13 @@ impl Ledger {
             return;
         }
         match (home, flow.part()) {
-            (Home::Peer(peer), _) if !self.is_up(peer) => {
-                self.order_failed(tuple, Refusal::PeerUnreachable);
-            }
+            (Home::Peer(peer), _) if !self.is_up(peer) => match order.map(|order| order.cause) {
+                // It begins when the peer is back.
+                Some(Cause::Rules) => self.refuse(tuple, Refusal::PeerUnreachable),
+                Some(Cause::Order | Cause::Stop | Cause::HostPath) | None => {
+                    self.order_failed(tuple, Refusal::PeerUnreachable);
+                }
+            },
             (Home::Peer(peer), Some(Part::Follower)) => {
                 self.act(Action::Tell(peer, Message::Ask { tuple: name, direction, cause }));
                 self.set_alarm(tuple, self.now + ASK_AGAIN);

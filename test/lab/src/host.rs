@@ -75,6 +75,8 @@ impl RouterOptions {
 /// What the files `pods` and `pods6` of a host's rules say at first.
 pub const RULE_FOR_ALL_PODS: &str =
     "type=cidr\nname=pods\nfrom=10.244.0.0/16\nto=10.244.0.0/16\nreverse=false\n";
+/// Instead of it: no pod of the lab is there.
+pub const RULE_FOR_OTHERS: &str = "type=cidr\nname=others\nfrom=198.51.100.0/24\n";
 pub const RULE_FOR_ALL_PODS_V6: &str =
     "type=cidr\nname=pods6\nfrom=fd00:10:244::/48\nto=fd00:10:244::/48\nreverse=false\n";
 

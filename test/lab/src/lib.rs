@@ -54,7 +54,7 @@ pub use control::{Flow, Peer, Status};
 pub use debian::{CONTAINERS, Debian};
 pub use direct::Direct;
 pub use fault::{Cut, leave_descriptors, limit_descriptors};
-pub use host::{Host, RULE_FOR_ALL_PODS, RULE_FOR_ALL_PODS_V6, RouterOptions};
+pub use host::{Host, RULE_FOR_ALL_PODS, RULE_FOR_ALL_PODS_V6, RULE_FOR_OTHERS, RouterOptions};
 pub use http::Answer;
 pub use namespace::Namespace;
 pub use pki::{Authority, node_addresses};

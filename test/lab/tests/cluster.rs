@@ -4,10 +4,9 @@
 //! Run by `test/run.sh --cluster`, which builds the server.
 
 use anyhow::{Result, ensure};
-use lab::{ApiServer, DEADLINE, RULE_FOR_ALL_PODS, RouterOptions, Scene, wait_for};
+use lab::{ApiServer, DEADLINE, RULE_FOR_ALL_PODS, RULE_FOR_OTHERS, RouterOptions, Scene, wait_for};
 
 const PORT: u16 = 7000;
-const RULE_FOR_OTHERS: &str = "type=cidr\nname=others\nfrom=198.51.100.0/24\n";
 const BROKEN_RULE: &str = "type=cidr\nname=pods\nfrom=10.244.0.0/99\n";
 
 /// Routers that have read a rule for all pods from the ConfigMap.

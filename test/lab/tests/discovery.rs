@@ -2,7 +2,9 @@
 //! What a router finds by itself: its interfaces, its peers, and rules that change while it runs.
 
 use anyhow::{Context, Result, ensure};
-use lab::{DEADLINE, Host, Lab, Namespace, Pod, RULE_FOR_ALL_PODS, RouterOptions, Scene, wait_for};
+use lab::{
+    DEADLINE, Host, Lab, Namespace, Pod, RULE_FOR_ALL_PODS, RULE_FOR_OTHERS, RouterOptions, Scene, wait_for,
+};
 
 const PORT: u16 = 7000;
 
@@ -194,17 +196,44 @@ fn a_wrong_rule_in_a_mounted_directory_is_named_and_the_last_good_rules_stay() -
 fn connections_follow_rules_that_change_while_they_run() -> Result<()> {
     let scene = Scene::with_routers("discovery-reload")?;
     let stream = scene.swapped_stream(PORT, "--pings")?;
-    let others = "type=cidr\nfrom=198.51.100.0/24\n";
-    scene.lab.h1.replace_rule("pods", others)?;
+    scene.lab.h1.replace_rule("pods", RULE_FOR_OTHERS)?;
     scene.wait_until_on_overlay(PORT)?;
     scene.lab.h1.replace_rule("pods", RULE_FOR_ALL_PODS)?;
     scene.wait_until_on_host(PORT)?;
     // The rules of either host suffice to leave it on the overlay.
-    scene.lab.h2.replace_rule("pods", others)?;
+    scene.lab.h2.replace_rule("pods", RULE_FOR_OTHERS)?;
     scene.wait_until_on_overlay(PORT)?;
     wait_for("the peer's no as the reason", DEADLINE, || {
         Ok((scene.lab.h1.wait_until_refused(PORT)? == "peer_says_no").then_some(()))
     })?;
+    stream.finish()?;
+    Ok(())
+}
+
+#[test]
+fn a_connection_follows_rules_that_changed_while_its_router_was_away() -> Result<()> {
+    let scene = Scene::with_routers("discovery-restart")?;
+    let stream = scene.swapped_stream(PORT, "--pings")?;
+    scene.lab.h1.kill_router()?;
+    scene.lab.h1.replace_rule("pods", RULE_FOR_OTHERS)?;
+    scene.lab.h1.start_router(&RouterOptions::default())?;
+    scene.wait_until_on_overlay(PORT)?;
+    stream.finish()?;
+    Ok(())
+}
+
+#[test]
+fn a_connection_follows_rules_that_changed_while_its_peers_router_was_away() -> Result<()> {
+    let scene = Scene::with_routers("discovery-peer-away")?;
+    let mut stream = scene.swapped_stream(PORT, "--pings")?;
+    scene.lab.h2.kill_router()?;
+    scene.lab.h1.replace_rule("pods", RULE_FOR_OTHERS)?;
+    scene.lab.h1.wait_for_flow(PORT, "held by the peer's absence", |flow| {
+        flow.on_host() && flow.reason.as_deref() == Some("peer_unreachable")
+    })?;
+    stream.expect_running()?;
+    scene.lab.h2.start_router(&RouterOptions::default())?;
+    scene.wait_until_on_overlay(PORT)?;
     stream.finish()?;
     Ok(())
 }

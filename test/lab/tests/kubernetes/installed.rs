@@ -17,13 +17,7 @@ impl<'lab> Installed<'lab> {
     pub fn new(lab: &'lab Lab) -> Result<Installed<'lab>> {
         let installed = Installed::not_yet(lab)?;
         installed.kubectl(&["apply", "-f", &deploy("rules.yaml"), "-f", &deploy("simple-ds.yaml")])?;
-        wait_for("pods of the DaemonSet on both nodes", PATIENCE, || {
-            let pods =
-                installed.in_system(&["get", "pods", "--selector", "app=ebpf-router", "--output", "name"])?;
-            Ok((pods.lines().count() == 2).then_some(()))
-        })?;
-        let pods = ["--namespace", "kube-system", "pods", "--selector", "app=ebpf-router"];
-        installed.cluster.wait("condition=Ready", &pods).with_context(|| installed.told())?;
+        installed.wait_until_ready()?;
         Ok(installed)
     }
 
@@ -39,6 +33,18 @@ impl<'lab> Installed<'lab> {
         ensure!(make.arg(&archive).status()?.success(), "no image");
         cluster.import(&archive)?;
         Ok(Installed { cluster, lab })
+    }
+
+    /// Routers and forwarders on both nodes.
+    pub fn wait_until_ready(&self) -> Result<()> {
+        wait_for("pods of the DaemonSet on both nodes", PATIENCE, || {
+            let pods =
+                self.in_system(&["get", "pods", "--selector", "app=ebpf-router", "--output", "name"])?;
+            Ok((pods.lines().count() == 2).then_some(()))
+        })?;
+        let pods = ["--namespace", "kube-system", "pods", "--selector", "app=ebpf-router"];
+        self.cluster.wait("condition=Ready", &pods).with_context(|| self.told())?;
+        Ok(())
     }
 
     pub fn kubectl(&self, arguments: &[&str]) -> Result<String> {

@@ -92,6 +92,30 @@ fn a_connection_between_pods_is_swapped_and_comes_back_before_the_router_is_gone
 }
 
 #[test]
+fn labels_of_pods_that_are_changed_while_they_run_decide_anew() -> Result<()> {
+    let lab = Lab::new("kubernetes-labels")?;
+    let installed = Installed::new(&lab)?;
+    let rule = r#"{ "data": { "fast": "type=podLabel\nname=network\nvalue=fast\n" } }"#;
+    installed.in_system(&["patch", "configmap", "ebpf-router-rules", "--patch", rule])?;
+    let stream = installed.stream(PORT)?;
+    installed.wait_until_on("overlay", PORT)?;
+    let label = |label: &str| installed.kubectl(&["label", "pods", "client", "server", "--overwrite", label]);
+    for (change, path) in [("network=fast", "host"), ("network=slow", "overlay"), ("network=fast", "host")] {
+        label(change)?;
+        installed.wait_until_on(path, PORT)?;
+    }
+    // What a runtime was told when the pod was made is not taken for its labels of now.
+    for host in lab.hosts() {
+        installed.in_system(&["delete", &installed.pod_on(host)?])?;
+    }
+    installed.wait_until_ready()?;
+    installed.wait_until_on("host", PORT)?;
+    label("network-")?;
+    installed.wait_until_on("overlay", PORT)?;
+    stream.finish()
+}
+
+#[test]
 fn an_upgrade_replaces_the_routers_and_touches_no_connection() -> Result<()> {
     let lab = Lab::new("kubernetes-upgrade")?;
     let installed = Installed::new(&lab)?;
