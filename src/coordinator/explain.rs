@@ -287,8 +287,8 @@ fn orders(facts: &Facts<'_>) -> Vec<Step> {
         let left = |until: Instant| {
             format!("for another {} at most", span(until.saturating_duration_since(facts.now)))
         };
-        let how_long = order.until.map_or("until they want something else".to_owned(), left);
-        let text = format!("{who} moves it to {}; tried {how_long}", place(order.direction));
+        let how_long = order.until.map_or("until they want it where it is".to_owned(), left);
+        let text = format!("to {} by order of {who}; tried {how_long}", place(order.direction));
         steps.push(Step::new("order", Says::Note, text));
     }
     if let Some(until) = flow.avoids_host_until.filter(|until| *until > facts.now) {

@@ -361,8 +361,9 @@ fn a_connection_that_another_one_is_named_after_at_the_other_host_stays() -> Res
     let mut connections = vec![start(40_001, dialled, taken)?];
     connections.push(start(40_002, other, dialled)?);
     // Each forwarder has a socket of these names, and their sequence numbers are of two connections.
-    let refused = scene.lab.h1.wait_until_refused(dialled).and_then(|reason| {
-        ensure!(reason == "not_the_same_connection", "refused with {reason}");
+    let is_refused = |flow: &Flow| flow.reason.as_deref() == Some("not_the_same_connection");
+    let refused = scene.lab.h1.wait_for_flow(dialled, "refused", is_refused).and_then(|flow| {
+        ensure!(!flow.on_host(), "{flow:?}");
         let counted = scene.lab.h1.status()?.refused;
         ensure!(counted.contains_key("not_the_same_connection"), "{counted:?}");
         Ok(())
