@@ -1,19 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Does this host have what the router needs? [`probe`] looks, [`judge`] decides, `router check` and the start of the
-//! router show.
+//! router show. What the start finds by itself, `router check` has from [`programs`].
 
 use std::{
-    os::unix::net::UnixStream,
+    os::{fd::AsFd as _, unix::net::UnixStream},
     path::{Path, PathBuf},
 };
+
+use tokio::sync::mpsc;
 
 use crate::{
     cluster::{Access, CONFIG_MAP},
     conntrack::Conntrack,
-    encryption,
+    encryption, identity,
     peers::{Interfaces, PeerError, StaticPeers},
+    process::Processes,
     rules::RuleSet,
     settings::Settings,
+    stall,
+    trace::{Scope, Telling, Tracer},
     trust::Tls,
     workload::{LabelsFile, Runtimes},
 };
@@ -289,6 +294,26 @@ pub fn judge(facts: &Facts) -> Vec<Line> {
             },
         ),
     ]
+}
+
+/// Does this kernel take the programs of a router? They are loaded, and tracing is attached, for a moment, beside those of a
+/// router that may be running.
+pub fn programs(settings: &Settings) -> Line {
+    let finding = match load(settings) {
+        Ok(found) => Finding::Ok(found),
+        Err(error) => Finding::Missing(format!("{error:#}")),
+    };
+    Line { what: "programs", finding }
+}
+
+fn load(settings: &Settings) -> anyhow::Result<String> {
+    let scope = Scope::of(&settings.scope()?)?;
+    let nobody = identity::nobody()?;
+    Processes::load(&scope)?;
+    let (events, _) = mpsc::channel(1);
+    Tracer::start(&scope, nobody.as_fd(), Telling::AtOnce, events)?;
+    let watch = stall::Watch::start(nobody.as_fd())?;
+    Ok(format!("the kernel takes them; swapped connections are watched {}", watch.way()))
 }
 
 fn file(found: &Option<Result<(), String>>, otherwise: &str) -> Finding {

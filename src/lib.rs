@@ -188,6 +188,7 @@ async fn run(settings: Settings) -> Result<()> {
     let tracer = Tracer::start(&scope, identity.map(), Telling::WhenOldEnough(rules_of_tracer), traced)?;
     let processes = Processes::load(&scope)?;
     let watch = Watch::start(identity.map())?;
+    log::info!("swapped connections are watched {}", watch.way());
     log::info!(
         "tracing in {}, {} rules, routers on port {}, commands at {}",
         scope_path.display(),
@@ -209,7 +210,10 @@ async fn run(settings: Settings) -> Result<()> {
 }
 
 async fn check(settings: Settings) -> Result<()> {
-    let lines = check::judge(&check::probe(&settings).await);
+    let mut lines = check::judge(&check::probe(&settings).await);
+    if check::obstacle(&lines).is_none() {
+        lines.push(check::programs(&settings));
+    }
     for line in &lines {
         commands::show(&format!("{line}\n"))?;
     }

@@ -42,6 +42,7 @@ pub enum StallError {
 
 /// The loaded programs. Dropping it unloads them.
 pub struct Watch {
+    way: Way,
     all: Link,
     waiting: Link,
 }
@@ -57,10 +58,7 @@ impl Watch {
     /// `identities`: the map with the names of host sockets.
     pub fn start(identities: BorrowedFd<'_>) -> Result<Watch, StallError> {
         Watch::by(Way::ByMap, identities).or_else(|error| {
-            log::info!(
-                "this kernel takes no iterator over a map ({error}): swapped connections are looked for among all TCP sockets \
-                 of the host's network"
-            );
+            log::debug!("{error}");
             Watch::by(Way::AmongAllOfNetwork, identities)
         })
     }
@@ -85,7 +83,21 @@ impl Watch {
             Way::AmongAllOfNetwork => (&progs.all_of_network, &progs.waiting_of_network, IterOpts::None),
         };
         let (all, waiting) = (all.attach_iter_with_opts(over.clone()), waiting.attach_iter_with_opts(over));
-        Ok(Watch { all: all.map_err(StallError::Attach)?, waiting: waiting.map_err(StallError::Attach)? })
+        Ok(Watch {
+            way,
+            all: all.map_err(StallError::Attach)?,
+            waiting: waiting.map_err(StallError::Attach)?,
+        })
+    }
+
+    /// For people.
+    pub fn way(&self) -> &'static str {
+        match self.way {
+            Way::ByMap => "by the map of them",
+            Way::AmongAllOfNetwork => {
+                "among all TCP sockets of the host's network (this kernel takes no iterator over a map)"
+            }
+        }
     }
 
     /// All host sockets of this router, as they are now.

@@ -114,7 +114,10 @@ fn a_forwarder_without_cap_sys_ptrace_says_so() -> Result<()> {
 fn check_finds_a_good_host_good() -> Result<()> {
     let lab = Lab::new("check")?;
     lab.h1.start_forwarder()?;
-    lab.h1.ask(&["check"]).map(drop)
+    let lines = lab.h1.ask(&["check"])?;
+    ensure!(lines.lines().all(|line| line.contains(" ok ")), "{lines}");
+    ensure!(lines.contains("the kernel takes them"), "{lines}");
+    Ok(())
 }
 
 #[test]
