@@ -87,7 +87,7 @@ const SCAN: Duration = Duration::from_secs(30);
 /// are so many that a look takes more than its share of a CPU, up to what lets a stalled connection be back within 3 s.
 const WATCH: Duration = Duration::from_millis(300);
 const LAST_WATCH: Duration = Duration::from_secs(1);
-const WATCH_SHARE: u32 = 300;
+const WATCH_SHARE: u32 = 1000;
 /// How many translations are kept in one look at the surroundings: about a millisecond. For the most connections that there
 /// can be, each is kept every ten minutes.
 const KEPT_AT_ONCE: usize = 256;
