@@ -242,6 +242,12 @@ impl Ledger {
 
     /// `mate`: the other end, if it is here.
     fn not_moved(&mut self, tuple: Tuple, mate: Option<Tuple>, attempt: &Attempt, reason: Refusal) {
+        let to_host = attempt.negotiation.direction == Direction::ToHost;
+        let reason = match self.get(tuple).map(|flow| flow.peer_says) {
+            // It has said why already.
+            Some(PeerSays::Declines(why)) if to_host && reason == Refusal::PeerAborted => why,
+            _ => reason,
+        };
         // It is reported with the attempt.
         self.note_refusal(tuple, reason);
         if reason == Refusal::NotEstablished {
@@ -269,18 +275,17 @@ impl Ledger {
         if reason.is_passing() {
             self.set_alarm(tuple, at);
         }
-        // The other router has not heard of a refusal before the offer.
         let Some(flow) = self.flows.get(&tuple) else { return };
         let (conn, name) = (flow.conn, flow.name());
-        if let (Home::Peer(peer), Part::Decider) = (flow.home, attempt.negotiation.part) {
-            let message = if !reason.is_passing() {
-                Message::Know { tuple: name, declined: Some(reason), answer: true }
-            } else if ordered.is_some() && attempt.negotiation.state == State::Preparing {
-                Message::Cancel { attempted: Attempted { conn, number: attempt.number }, reason }
-            } else {
-                return;
-            };
-            self.act(Action::Tell(peer, message));
+        let Home::Peer(peer) = flow.home else { return };
+        let is_before_the_offer =
+            attempt.negotiation.part == Part::Decider && attempt.negotiation.state == State::Preparing;
+        if !reason.is_passing() {
+            // Of what its forwarder found amid the move the other router hears only that it was given up.
+            self.act(Action::Tell(peer, Message::Know { tuple: name, declined: Some(reason), answer: true }));
+        } else if ordered.is_some() && is_before_the_offer {
+            let attempted = Attempted { conn, number: attempt.number };
+            self.act(Action::Tell(peer, Message::Cancel { attempted, reason }));
         }
     }
 

@@ -520,6 +520,28 @@ fn the_end_of_a_host_socket_releases_what_is_parked() {
 }
 
 #[test]
+fn what_one_end_finds_amid_a_move_is_the_reason_of_both_and_it_is_not_tried_again() {
+    let found = Refusal::NotTheSameConnection;
+    for finder in [0, 1] {
+        for first in [0, 1] {
+            let mut world = World::new();
+            world.moves_wait = true;
+            world.learn(0, None);
+            world.learn(1, None);
+            let conn = world.ledgers[0].flows().next().unwrap().conn;
+            for host in [first, 1 - first] {
+                world.moving[host].remove(&conn);
+                let reason = if host == finder { found } else { Refusal::PeerAborted };
+                world.at(host, Event::Ended(conn, Outcome::Aborted { reason, pause_us: 500 }));
+            }
+            world.wait(Duration::from_secs(600));
+            world.expect_reasons(found, found);
+            assert!(world.moving.iter().all(HashSet::is_empty), "tried again");
+        }
+    }
+}
+
+#[test]
 fn a_late_message_of_an_earlier_attempt_changes_nothing() {
     let mut world = World::new();
     world.refusals[1].push_back(Refusal::HolderBusy);
