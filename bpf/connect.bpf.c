@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause
 /*
- * Tells user space of the TCP connections that this host's containers make and accept, and of every host socket (a
- * socket with an identity) that leaves ESTABLISHED.
+ * Tells user space of the TCP connections that this host's containers make and accept, of every host socket (a socket
+ * with an identity) that leaves ESTABLISHED, and when host sockets time out.
  *
  * Most connections end young. So what happens when one is established is as little as can be: its birth is noted.
  * While there are births user space looks every few milliseconds: who has died is forgotten, who has shown that it
@@ -137,7 +137,7 @@ static __always_inline void tell(const struct birth *birth, __u64 age_ns, __u64 
 
 static __always_inline void note(const struct birth *birth)
 {
-	struct birth_event event = { .kind = EVENT_BIRTH };
+	struct bare_event event = { .kind = EVENT_BIRTH };
 	__u64 before = __sync_fetch_and_add(&born, 1);
 	__u32 key = before % BIRTHS, zero = 0;
 	struct place *place = bpf_map_lookup_elem(&births, &key);
@@ -181,9 +181,25 @@ static __always_inline void host_socket_closed(struct bpf_sock *sk)
 		count(COUNTER_RING_FULL);
 }
 
+/* When user space was told last that a host socket waits. Two CPUs at once tell twice, which does no harm. */
+volatile __u64 wait_told_ns = 0;
+
+/* Its path may be dead. User space looks at all of them then. */
+static __always_inline void host_socket_waits(struct bpf_sock *sk)
+{
+	struct bare_event event = { .kind = EVENT_HOST_SOCKET_WAITS };
+	__u64 now_ns = bpf_ktime_get_ns();
+
+	if (now_ns - wait_told_ns < TELL_WAITS_NS || !bpf_sk_storage_get(&identities, sk, 0, 0))
+		return;
+	wait_told_ns = now_ns;
+	if (bpf_ringbuf_output(&events, &event, sizeof(event), 0))
+		count(COUNTER_RING_FULL);
+}
+
 /*
  * Runs with the socket locked, in softirq as well as in tasks. Only sockets of the host's own network are asked to tell
- * of their later states. A socket leaves ESTABLISHED once, so its end is told once.
+ * of their later states and time-outs. A socket leaves ESTABLISHED once, so its end is told once.
  */
 SEC("sockops")
 int socket_events(struct bpf_sock_ops *ctx)
@@ -193,7 +209,7 @@ int socket_events(struct bpf_sock_ops *ctx)
 	struct tcp_sock *tp;
 
 	if (op != BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB && op != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB &&
-	    op != BPF_SOCK_OPS_STATE_CB)
+	    op != BPF_SOCK_OPS_STATE_CB && op != BPF_SOCK_OPS_RTO_CB)
 		return 1;
 	sk = ctx->sk;
 	if (!sk)
@@ -203,11 +219,18 @@ int socket_events(struct bpf_sock_ops *ctx)
 			host_socket_closed(sk);
 		return 1;
 	}
+	if (op == BPF_SOCK_OPS_RTO_CB) {
+		/* How many there were in a row before this one. */
+		if (ctx->args[0])
+			host_socket_waits(sk);
+		return 1;
+	}
 	tp = bpf_skc_to_tcp_sock(sk);
 	if (!tp)
 		return 1;
 	if (tp->inet_conn.icsk_inet.sk.__sk_common.skc_net.net->ns.inum == own_netns)
-		bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+		bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG |
+						       BPF_SOCK_OPS_RTO_CB_FLAG);
 	else
 		established(ctx, tp, op == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB ? SIDE_CLIENT : SIDE_SERVER);
 	return 1;

@@ -9,6 +9,7 @@
 #define EVENT_CONNECTION 1
 #define EVENT_HOST_SOCKET_CLOSED 2
 #define EVENT_BIRTH 3
+#define EVENT_HOST_SOCKET_WAITS 4
 
 #define SIDE_CLIENT 1
 #define SIDE_SERVER 2
@@ -45,10 +46,15 @@ struct closed_event {
 	struct identity identity;
 };
 
-/* The first connection was established since the reader has gone to sleep. */
-struct birth_event {
+/*
+ * Of EVENT_BIRTH: the first connection was established since the reader has gone to sleep. Of EVENT_HOST_SOCKET_WAITS: a
+ * socket that has an identity has timed out for the second time in a row, and perhaps others within the next TELL_WAITS_NS.
+ */
+struct bare_event {
 	__u32 kind;
 };
+
+#define TELL_WAITS_NS 50000000
 
 /* Keys of the map `counters`. */
 #define COUNTER_RING_FULL 0   /* records lost because the ring was full */

@@ -83,11 +83,10 @@ const AT_ONCE: u32 = 4;
 /// Between two looks at addresses and pods that may have changed, and at connections that may be over.
 const SURROUNDINGS: Duration = Duration::from_secs(2);
 const SCAN: Duration = Duration::from_secs(30);
-/// Between two looks at the host sockets: short beside the 0.6 s after which a socket counts as stalled, and longer where there
-/// are so many that a look takes more than its share of a CPU, up to what lets a stalled connection be back within 3 s.
-const WATCH: Duration = Duration::from_millis(300);
-const LAST_WATCH: Duration = Duration::from_secs(1);
-const WATCH_SHARE: u32 = 1000;
+/// Between two looks at the host sockets, for those whose probes nobody answers: of time-outs the kernel tells. Then the look comes
+/// when all that is told by the same word has happened.
+const WATCH: Duration = Duration::from_secs(1);
+const WATCH_AFTER_WORD: Duration = Duration::from_millis(60);
 /// How many translations are kept in one look at the surroundings: about a millisecond. For the most connections that there
 /// can be, each is kept every ten minutes.
 const KEPT_AT_ONCE: usize = 256;
@@ -189,6 +188,8 @@ struct Coordinator {
     leave: Leave,
     /// Whose translation was kept last.
     kept: Option<Tuple>,
+    /// When to look at the host sockets.
+    watch_at: Instant,
 }
 
 /// Does a stop leave connections on the host network?
@@ -253,6 +254,7 @@ pub async fn run(parts: Parts, mut inlets: Inlets) -> anyhow::Result<()> {
         to_made,
         leave: if parts.settings.leave { Leave::Always } else { Leave::Never },
         kept: None,
+        watch_at: Instant::now(),
         parts,
     };
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
@@ -261,8 +263,8 @@ pub async fn run(parts: Parts, mut inlets: Inlets) -> anyhow::Result<()> {
     let doors = session::Doors { events: to_sessions, expected, arrived: to_arrived, trust, turned_away };
     tokio::spawn(session::hear(inlets.peers, doors));
     tokio::spawn(crate::forwarder::reach(coordinator.parts.settings.forwarder.clone(), to_forwarder));
-    let (mut surroundings, mut scan, mut watch) = (interval(SURROUNDINGS), interval(SCAN), interval(WATCH));
-    for ticks in [&mut surroundings, &mut scan, &mut watch] {
+    let (mut surroundings, mut scan) = (interval(SURROUNDINGS), interval(SCAN));
+    for ticks in [&mut surroundings, &mut scan] {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     }
     let mut stop: Option<Stop> = None;
@@ -296,7 +298,7 @@ pub async fn run(parts: Parts, mut inlets: Inlets) -> anyhow::Result<()> {
                 }
             }
             _ = scan.tick() => drop(coordinator.scan()),
-            _ = watch.tick() => watch.reset_after(coordinator.watch().await),
+            () = at(Some(coordinator.watch_at)) => coordinator.watch().await,
             _ = terminate.recv(), if stop.is_none() => stop = Some(coordinator.stop().await),
             _ = interrupt.recv(), if stop.is_none() => stop = Some(coordinator.stop().await),
         }
@@ -328,6 +330,10 @@ impl Coordinator {
     async fn traced(&mut self, event: TraceEvent) {
         let event = match event {
             TraceEvent::HostSocketClosed(names) => Event::HostSocketClosed(names),
+            TraceEvent::HostSocketWaits => {
+                self.watch_at = self.watch_at.min(Instant::now() + WATCH_AFTER_WORD);
+                return;
+            }
             TraceEvent::Connection(connection) => match self.parts.lookup.connection(&connection).await {
                 Some(learned) => Event::Learned(learned),
                 None => return,
@@ -546,15 +552,13 @@ impl Coordinator {
         }
     }
 
-    /// Is the host path of every swapped connection alive? Returns when to look again.
-    async fn watch(&mut self) -> Duration {
+    /// Is the host path of every swapped connection alive?
+    async fn watch(&mut self) {
+        self.watch_at = Instant::now() + WATCH;
         if self.ledger.swapped() == 0 {
-            return WATCH;
+            return;
         }
-        let began = Instant::now();
-        let looked = self.parts.watch.stalled();
-        let taken = began.elapsed();
-        match looked {
+        match self.parts.watch.stalled() {
             Ok(stalled) => {
                 let waiting =
                     |stalled: &HostSocket| (stalled.names.swap, stalled.sample.unacknowledged_bytes);
@@ -562,7 +566,6 @@ impl Coordinator {
             }
             Err(error) => log::warn!("{error}"),
         }
-        (taken * WATCH_SHARE).clamp(WATCH, LAST_WATCH)
     }
 
     async fn stop(&mut self) -> Stop {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Sees the TCP connections that this host's containers make and accept once they are old enough ([`After`]), and the
-//! end of host sockets.
+//! Sees the TCP connections that this host's containers make and accept once they are old enough ([`After`]), the end of
+//! host sockets, and that they time out.
 //!
 //! One thread reads what the programs tell. While connections are young it looks at them every few milliseconds, else
 //! it sleeps; those that end young cost it nothing. Connections older than the programs are found by scanning.
@@ -39,6 +39,9 @@ pub enum TraceEvent {
     Connection(Connection),
     /// The host socket with these names has left ESTABLISHED.
     HostSocketClosed(Names),
+    /// A host socket has timed out for the second time in a row, and others may have in the 50 ms after it, of which nothing is
+    /// told.
+    HostSocketWaits,
 }
 
 /// Which end of the connection this host's container is.

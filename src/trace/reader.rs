@@ -41,6 +41,7 @@ use skeleton::{ConnectSkel, ConnectSkelBuilder};
 pub(super) const EVENT_CONNECTION: u32 = 1;
 pub(super) const EVENT_HOST_SOCKET_CLOSED: u32 = 2;
 pub(super) const EVENT_BIRTH: u32 = 3;
+pub(super) const EVENT_HOST_SOCKET_WAITS: u32 = 4;
 pub(super) const SIDE_CLIENT: u64 = 1;
 /// `bpf/connect.bpf.c`
 const LOOK: u32 = 512;
@@ -68,6 +69,7 @@ pub struct Task {
 pub(super) enum Record {
     Connection(types::connection_event),
     HostSocketClosed(Names),
+    HostSocketWaits,
     Birth,
     Odd,
 }
@@ -249,6 +251,7 @@ impl Reader<'_, '_> {
             match record {
                 Record::Birth => self.births_due = Some(Instant::now() + self.period()),
                 Record::HostSocketClosed(names) => self.send(TraceEvent::HostSocketClosed(names)),
+                Record::HostSocketWaits => self.send(TraceEvent::HostSocketWaits),
                 Record::Connection(event) => self.judge(&event),
                 Record::Odd => self.lose(),
             }
@@ -306,6 +309,7 @@ pub(super) fn decode(bytes: &[u8]) -> Record {
             Record::HostSocketClosed(names)
         }),
         EVENT_BIRTH => Some(Record::Birth),
+        EVENT_HOST_SOCKET_WAITS => Some(Record::HostSocketWaits),
         _ => None,
     });
     decoded.unwrap_or(Record::Odd)

@@ -1,8 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-use std::mem::offset_of;
+use std::{
+    io::Write as _,
+    mem::offset_of,
+    net::{TcpListener, TcpStream},
+    os::fd::{AsFd as _, AsRawFd as _},
+    time::Duration,
+};
+
+use nix::libc;
 
 use super::{
-    reader::{EVENT_BIRTH, EVENT_CONNECTION, Record, SIDE_CLIENT, connection, decode, types},
+    reader::{
+        EVENT_BIRTH, EVENT_CONNECTION, EVENT_HOST_SOCKET_WAITS, Record, SIDE_CLIENT, connection, decode,
+        types,
+    },
     *,
 };
 use crate::bytes::as_bytes;
@@ -51,4 +62,50 @@ fn a_short_or_unknown_record_is_odd() {
     let is_odd = |bytes: &[u8]| matches!(decode(bytes), Record::Odd);
     assert!(is_odd(&bytes[..bytes.len() - 1]) && is_odd(&[9, 0, 0, 0]) && is_odd(&[]));
     assert!(matches!(decode(&EVENT_BIRTH.to_ne_bytes()), Record::Birth));
+    assert!(matches!(decode(&EVENT_HOST_SOCKET_WAITS.to_ne_bytes()), Record::HostSocketWaits));
+}
+
+/// From now on nothing arrives at this socket, and nobody is told.
+fn lose_all(socket: &TcpStream) {
+    let nothing = libc::sock_filter { code: (libc::BPF_RET | libc::BPF_K) as u16, jt: 0, jf: 0, k: 0 };
+    let filter = libc::sock_fprog { len: 1, filter: (&raw const nothing).cast_mut() };
+    let (at, length) = ((&raw const filter).cast(), size_of_val(&filter) as u32);
+    // SAFETY: setsockopt(2) reads a program of one instruction, which is there until it returns.
+    let attached =
+        unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, at, length) };
+    assert_eq!(attached, 0);
+}
+
+/// After 200, 400 and 800 ms on loopback.
+const THREE_TIME_OUTS: Duration = Duration::from_millis(1600);
+
+#[test]
+fn a_host_socket_that_times_out_twice_is_told_and_no_other() {
+    let identities = crate::identity::nobody().unwrap();
+    let scope = Scope::of(&crate::settings::cgroup2_mount().unwrap()).unwrap();
+    let (events, mut told) = mpsc::channel(1024);
+    let _tracer = Tracer::start(&scope, identities.as_fd(), Telling::AtOnce, events).unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let connect = || {
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let server = listener.accept().unwrap().0;
+        lose_all(&server);
+        (client, server)
+    };
+
+    let (mut other, _server) = connect();
+    other.write_all(b"lost").unwrap();
+    std::thread::sleep(THREE_TIME_OUTS);
+    let waits = |event| event == TraceEvent::HostSocketWaits;
+    assert!(!std::iter::from_fn(|| told.try_recv().ok()).any(waits));
+
+    let (mut host_socket, _server) = connect();
+    let [local, remote] = ["10.244.1.10:40000", "10.244.2.10:80"].map(|end| end.parse().unwrap());
+    Names { swap: 7, local, remote }.write(&identities, host_socket.as_fd()).unwrap();
+    host_socket.write_all(b"lost").unwrap();
+    let is_told = (0..100).any(|_| {
+        std::thread::sleep(Duration::from_millis(100));
+        std::iter::from_fn(|| told.try_recv().ok()).any(waits)
+    });
+    assert!(is_told);
 }
