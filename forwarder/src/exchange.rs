@@ -219,13 +219,26 @@ impl<'a> Deal<'a> {
     }
 }
 
-/// Processes that wait at the gate with the new sockets in hand.
-pub struct Armed {
+/// What is needed to arm, made before anything stands still.
+pub struct Gear {
     gate: Gate,
-    /// The lead's first.
-    blocks: Vec<(Tgid, Block)>,
     /// A nameless one in memory, lent to the lead.
     carried: File,
+}
+
+impl Gear {
+    pub fn new() -> Result<Gear, Refusal> {
+        let carried =
+            memfd_create(c"ebpf-router-carried", MFdFlags::MFD_CLOEXEC).map_err(process::not_made)?;
+        Ok(Gear { gate: Gate::new()?, carried: carried.into() })
+    }
+}
+
+/// Processes that wait at the gate with the new sockets in hand.
+pub struct Armed {
+    gear: Gear,
+    /// The lead's first.
+    blocks: Vec<(Tgid, Block)>,
     rooms: Vec<(usize, SendRoom)>,
 }
 
@@ -233,6 +246,7 @@ impl Armed {
     /// Bring the new sockets into every process. An error leaves all as it was.
     pub fn arm(
         frozen: &mut Frozen,
+        gear: Gear,
         inspector: &Inspector,
         pairs: &[Substitution<'_>],
         deal: Deal<'_>,
@@ -250,10 +264,7 @@ impl Armed {
         // Our own ends are closed on return: an end of file says that no process has one any more.
         let barrier = if others { Some(barrier()?) } else { None };
         let ruling = if others && !matches!(verdict, Verdict::FromPeer(_)) { Some(channel()?) } else { None };
-        let carried =
-            memfd_create(c"ebpf-router-carried", MFdFlags::MFD_CLOEXEC).map_err(process::not_made)?;
-        let mut armed =
-            Armed { gate: Gate::new()?, blocks: Vec::new(), carried: carried.into(), rooms: Vec::new() };
+        let mut armed = Armed { gear, blocks: Vec::new(), rooms: Vec::new() };
         for (index, (tgid, plan)) in plans.iter().enumerate() {
             let leads = index == 0;
             let lend = Lend {
@@ -261,14 +272,14 @@ impl Armed {
                 verdict,
                 new: &new,
                 old: &old,
-                carried: leads.then(|| armed.carried.as_fd()),
+                carried: leads.then(|| armed.gear.carried.as_fd()),
                 barrier: end_of(&barrier, leads),
                 ruling: end_of(&ruling, leads),
                 witness: deal.witness(),
             };
             let result = match frozen.process(*tgid) {
                 Some(process) => {
-                    let (block, result) = Block::arm(process, plan, &lend, &armed.gate, deadline);
+                    let (block, result) = Block::arm(process, plan, &lend, &armed.gear.gate, deadline);
                     armed.blocks.push((*tgid, block));
                     result
                 }
@@ -298,7 +309,7 @@ impl Armed {
                 make_room_for_carried(*new, load.arriving)?;
             }
             if !load.carry.is_empty() {
-                self.carried.write_all_at(&load.carry, length).map_err(process::not_made)?;
+                self.gear.carried.write_all_at(&load.carry, length).map_err(process::not_made)?;
                 length += load.carry.len() as u64;
                 self.rooms.extend(SendRoom::make(*new, load.carry.len())?.map(|room| (index, room)));
             }
@@ -313,9 +324,11 @@ impl Armed {
 
     /// Open the gate, wait until the `new` sockets are in place, or until all processes have gone back by themselves.
     pub fn install(self, frozen: &mut Frozen, new: &[BorrowedFd<'_>]) -> Result<Installed, Refusal> {
+        let Gear { gate, carried } = self.gear;
         fault::point(Point::Opening);
-        self.gate.open()?;
+        gate.open()?;
         fault::point(Point::Opened);
+        frozen.close_later(carried.into());
         let deadline = Instant::now() + INSTALL_TIME;
         // None: no process is left that could have them.
         let mut result = Err(Refusal::HolderVanished);
@@ -325,6 +338,9 @@ impl Armed {
                 None => Err(Refusal::HolderVanished),
             };
             fault::point(Point::Finishing);
+            if let Some(pair) = block.into_pair() {
+                frozen.close_later(pair);
+            }
             match done {
                 // The process has ended.
                 Err(Refusal::HolderVanished) => {}
@@ -344,7 +360,7 @@ impl Armed {
 
     /// Close the gate: every process is as it was, and the `new` sockets are.
     pub fn turn_back(self, frozen: &mut Frozen, new: &[BorrowedFd<'_>]) {
-        self.gate.close();
+        self.gear.gate.close();
         for (tgid, block) in self.blocks {
             if let Some(process) = frozen.process(tgid) {
                 // An error means that the process ended, or that its block comes back by itself after the thaw.

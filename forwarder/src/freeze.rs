@@ -74,14 +74,20 @@ pub struct Frozen {
     processes: Vec<FrozenProcess>,
     /// Seized and perhaps not stopped yet: only while freezing, or after it failed.
     seized: HashMap<Tid, Tgid>,
+    /// Ours, closed after the thaw: each takes 10 µs.
+    leftovers: Vec<OwnedFd>,
     _here: PhantomData<*const ()>,
 }
 
 impl Frozen {
     /// Stop all threads of `tgids` before `deadline`. Their `alarms` were looked at just before.
     pub fn freeze(tgids: &[Tgid], alarms: &Alarms<'_>, deadline: Instant) -> Result<Frozen, Refusal> {
-        let mut frozen =
-            Frozen { processes: Vec::with_capacity(tgids.len()), seized: HashMap::new(), _here: PhantomData };
+        let mut frozen = Frozen {
+            processes: Vec::with_capacity(tgids.len()),
+            seized: HashMap::new(),
+            leftovers: Vec::new(),
+            _here: PhantomData,
+        };
         process::hurry();
         // From the first stop on until every thread is put right.
         let _outliving = child::outlive();
@@ -150,6 +156,11 @@ impl Frozen {
 
     pub fn threads(&self) -> usize {
         self.processes.iter().map(|process| process.threads.len()).sum()
+    }
+
+    /// A descriptor of ours that is not needed any more.
+    pub fn close_later(&mut self, fd: OwnedFd) {
+        self.leftovers.push(fd);
     }
 
     fn seize_new_threads(&mut self, tgid: Tgid) -> Result<usize, Refusal> {

@@ -11,7 +11,7 @@
 //! put the other threads into their holds
 //! ...every process armed: one byte on the gate lets all go; closing it turns all back...
 //!                                            replace, carry, come to a verdict
-//!                                            close all that was lent, send "done", wait a moment
+//!                                            close all that was lent and its end of the pair, wait a moment
 //! stop it, put the registers back, the other threads' too
 //! ```
 //! The gate is one socket shared by all processes of an end, so that one `send` decides for all of them, and a dead
@@ -274,6 +274,11 @@ impl Block {
         }
     }
 
+    /// Our end of the pair, once the block is over.
+    pub fn into_pair(self) -> Option<OwnedFd> {
+        self.pair
+    }
+
     /// Until the block has something to tell, in its scratch memory. False once it has closed its end.
     fn wait_for_report(&self, deadline: Instant) -> Result<bool, Refusal> {
         let Some(pair) = &self.pair else { return Ok(false) };
@@ -319,22 +324,18 @@ impl Block {
     }
 
     /// After the gate was opened or closed: wait for the block's end and put the threads back where they were frozen.
-    pub fn finish(self, process: &mut FrozenProcess, deadline: Instant) -> Result<Done, Refusal> {
+    pub fn finish(&self, process: &mut FrozenProcess, deadline: Instant) -> Result<Done, Refusal> {
         if !self.started {
             return Ok(Done::TurnedBack);
         }
-        let mut done = Done::TurnedBack;
-        while self.wait_for_report(deadline)? {
-            if let Some(table) = &self.table {
-                done = how_it_ended(process, table);
-            }
-        }
+        while self.wait_for_report(deadline)? {}
+        let done = self.table.as_ref().map_or(Done::TurnedBack, |table| how_it_ended(process, table));
         // A thread that has left by itself is stopped wherever it is.
         let _outliving = child::outlive();
         let end = self.stop_at_end(process.tgid, deadline)?;
         let _ = ptrace::setoptions(Pid::from_raw(self.tid.0), ptrace::Options::PTRACE_O_TRACESYSGOOD);
         match end {
-            End::Waiting => {
+            End::InBlock => {
                 set_signal_mask(self.tid, self.mask)?;
                 fault::point(Point::Restoring);
                 write_regs(self.tid, self.regs).map_err(|_| Refusal::HolderVanished)?;
@@ -347,10 +348,9 @@ impl Block {
 
     /// The thread's stop, if it stands in one that nobody has seen. From one that was seen (an error before the gate, a look
     /// too early) it goes on.
-    fn stop_by_itself(&self, tgid: Tgid) -> Option<Stop> {
-        if !matches!(process::state(tgid, self.tid), Ok(Some('t'))) {
-            return None;
-        }
+    fn stop_by_itself(&self) -> Option<Stop> {
+        // ptrace(2) answers for a thread that stands still, and for no other.
+        signal_mask(self.tid).ok()?;
         let stop = stop_of(self.tid);
         if stop.is_none() {
             let _ = go_on(libc::PTRACE_CONT, self.tid, 0);
@@ -369,17 +369,21 @@ impl Block {
         }
     }
 
-    /// Stop the thread in the block's last wait.
+    /// Stop the thread when its block has made its last call.
     fn stop_at_end(&self, tgid: Tgid, deadline: Instant) -> Result<End, Refusal> {
         let waited = self.foothold.at.0 + arch::waited_offset();
+        // That call closed its end of the pair, which we have seen.
+        let is_over = self.pair.is_some();
         let mut run = Duration::ZERO;
         loop {
-            let stop = match self.stop_by_itself(tgid) {
+            let stop = match self.stop_by_itself() {
                 Some(stop) => stop,
                 None => {
-                    // Really run: interrupted at once, it would stop again where it stands.
-                    self.let_run(tgid, run);
-                    run = (2 * run).clamp(STRIDE, LONGEST_STRIDE);
+                    if !is_over {
+                        // Really run: interrupted at once, it would stop again where it stands.
+                        self.let_run(tgid, run);
+                        run = (2 * run).clamp(STRIDE, LONGEST_STRIDE);
+                    }
                     // Interrupted as well, one that has stopped for a signal would stop once more when it goes on, each
                     // time, and get nowhere.
                     match stop_of(self.tid) {
@@ -394,11 +398,11 @@ impl Block {
             match stop {
                 Stop::Interrupted => {
                     let regs = read_regs(self.tid).map_err(|_| Refusal::HolderVanished)?;
-                    if regs.rip == waited {
-                        return Ok(End::Waiting);
-                    }
                     if !self.foothold.is_in_block(regs.rip) {
                         return Ok(End::Left);
+                    }
+                    if is_over || regs.rip == waited {
+                        return Ok(End::InBlock);
                     }
                 }
                 stop => self.go_on_from(stop, libc::PTRACE_CONT)?,
@@ -409,8 +413,8 @@ impl Block {
 
 /// Where a thread was found when its block was over.
 enum End {
-    /// In the block's last wait.
-    Waiting,
+    /// In its block, which has nothing left to do but to put it back.
+    InBlock,
     /// Outside: we came so late that the block had restored the thread by itself.
     Left,
 }

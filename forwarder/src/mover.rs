@@ -36,7 +36,8 @@ pub use local::run_local;
 use crate::{
     alarm::Alarms,
     exchange::{
-        Armed, Deal, Load, SMALL_UNREAD, Substitution, discard, facts_while_frozen, look, wait_for_carried,
+        Armed, Deal, Gear, Load, SMALL_UNREAD, Substitution, discard, facts_while_frozen, look,
+        wait_for_carried,
     },
     fault::{self, Point},
     freeze::{Frozen, next_nap},
@@ -242,7 +243,7 @@ impl Remote {
         let readied = || -> Result<_, Refusal> {
             let inspector = give_options(&site, members)?;
             let room = site.rooms.promise(processes, ends)?;
-            Ok((inspector, room))
+            Ok((inspector, room, Gear::new()?))
         }();
         let ready = readied.and_then(|ready| match self.prepare_witness() {
             Ok(witness) => Ok((ready, witness)),
@@ -251,7 +252,7 @@ impl Remote {
                 Err(Refusal::InjectionFailed)
             }
         });
-        let ((inspector, _room), witness) = match ready {
+        let ((inspector, _room, gear), witness) = match ready {
             Ok(ready) => ready,
             Err(reason) => {
                 (self.tell)(Message::Abort { reason }.into());
@@ -260,6 +261,7 @@ impl Remote {
         };
         let mut running = Running {
             frozen: None,
+            gear: Some(gear),
             armed: None,
             pushed: Vec::new(),
             receive_rooms: Vec::new(),
@@ -446,6 +448,7 @@ fn socket_inode(socket: &OwnedFd) -> Option<SocketInode> {
 /// The state of a [`Remote`] while it runs. Field order is drop order: thaw first, and undo last what was done first.
 struct Running<'a> {
     frozen: Option<Frozen>,
+    gear: Option<Gear>,
     armed: Option<Armed>,
     pushed: Vec<Pushed<'a>>,
     receive_rooms: Vec<ReceiveRoom<'a>>,
@@ -663,10 +666,12 @@ impl<'a> Running<'a> {
 
     fn arm(&mut self) -> Result<(), Refusal> {
         let pairs = substitutions(&self.mover.members, &self.facts);
-        let frozen = self.frozen.as_mut().ok_or(Refusal::HolderVanished)?;
+        let (Some(frozen), Some(gear)) = (&mut self.frozen, self.gear.take()) else {
+            return Err(Refusal::HolderVanished);
+        };
         let deadline = Instant::now() + self.mover.task.budget;
         let deal = self.mover.deal(self.witness);
-        self.armed = Some(Armed::arm(frozen, &self.inspector, &pairs, deal, deadline)?);
+        self.armed = Some(Armed::arm(frozen, gear, &self.inspector, &pairs, deal, deadline)?);
         // Not before: its options are compared with those that the new one has.
         let unacknowledged =
             self.ends().zip(&self.facts).filter(|(_, facts)| facts.unacknowledged_bytes() > 0);

@@ -9,7 +9,7 @@
 //!   sendfile                          the lead sends the carried bytes: nobody could write before them
 //!   verdict                           see [`Verdict`]; without a good one, undo: dup3 the old sockets back
 //!   epoll_ctl ADD
-//!   close, "over", report             what was lent goes, the threads in their holds go on
+//!   close, "over", close              what was lent goes, the threads in their holds go on; the end of the pair reports
 //! ```
 //! From the gate on, no call needs the forwarder: killed at any moment, every process comes to the same end.
 
@@ -257,7 +257,6 @@ impl Table {
         let over = draft.call(mark()).index;
         let wake = libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG;
         draft.call(Call::new(libc::SYS_futex, &[at + result_at(over), wake as u64, i32::MAX as u64]));
-        draft.call(report());
         draft.call(close(scratch::PAIR));
         draft.place(end);
         Table { calls: draft.finish(), receive, shelter, carry, kept, word, over }

@@ -105,7 +105,7 @@ fn a_process_goes_on_with_the_new_socket_under_all_its_descriptors() {
     let (mut client, server) = pair();
     let mut frozen = echo.freeze();
     let pairs = [echo.substitution(server.as_fd())];
-    Armed::arm(&mut frozen, &echo.inspector(), &pairs, Deal::Within, soon())
+    Armed::arm(&mut frozen, Gear::new().unwrap(), &echo.inspector(), &pairs, Deal::Within, soon())
         .unwrap()
         .install(&mut frozen, &[server.as_fd()])
         .unwrap();
@@ -123,7 +123,9 @@ fn carried_bytes_are_the_first_on_the_new_socket() {
     let mut frozen = echo.freeze();
     let carry: Vec<u8> = (0..3_000_000u32).map(|n| n as u8).collect();
     let pairs = [echo.substitution(server.as_fd())];
-    let mut armed = Armed::arm(&mut frozen, &echo.inspector(), &pairs, Deal::Within, soon()).unwrap();
+    let mut armed =
+        Armed::arm(&mut frozen, Gear::new().unwrap(), &echo.inspector(), &pairs, Deal::Within, soon())
+            .unwrap();
     let load = Load { carry: carry.clone(), arriving: 0 };
     armed.load(&mut frozen, &[server.as_fd()], &[load], soon()).unwrap();
     armed.install(&mut frozen, &[server.as_fd()]).unwrap();
@@ -142,7 +144,7 @@ fn turning_back_at_the_gate_leaves_the_process_as_it_was() {
     let mut frozen = echo.freeze();
     let pairs = [echo.substitution(server.as_fd())];
     let new = [server.as_fd()];
-    Armed::arm(&mut frozen, &echo.inspector(), &pairs, Deal::Within, soon())
+    Armed::arm(&mut frozen, Gear::new().unwrap(), &echo.inspector(), &pairs, Deal::Within, soon())
         .unwrap()
         .turn_back(&mut frozen, &new);
     drop(frozen);
@@ -158,7 +160,9 @@ fn turning_back_takes_the_room_for_carried_bytes_from_the_new_socket_again() {
     let room = || getsockopt(&server, SndBuf).unwrap();
     let mut frozen = echo.freeze();
     let pairs = [echo.substitution(server.as_fd())];
-    let mut armed = Armed::arm(&mut frozen, &echo.inspector(), &pairs, Deal::Within, soon()).unwrap();
+    let mut armed =
+        Armed::arm(&mut frozen, Gear::new().unwrap(), &echo.inspector(), &pairs, Deal::Within, soon())
+            .unwrap();
     let before = room();
     let load = Load { carry: vec![0; 9_000_000], arriving: 0 };
     armed.load(&mut frozen, &[server.as_fd()], &[load], soon()).unwrap();
@@ -174,7 +178,7 @@ fn the_same_process_can_be_moved_many_times() {
         let (client, server) = pair();
         let mut frozen = echo.freeze();
         let pairs = [echo.substitution(server.as_fd())];
-        Armed::arm(&mut frozen, &echo.inspector(), &pairs, Deal::Within, soon())
+        Armed::arm(&mut frozen, Gear::new().unwrap(), &echo.inspector(), &pairs, Deal::Within, soon())
             .unwrap()
             .install(&mut frozen, &[server.as_fd()])
             .unwrap();
@@ -194,7 +198,15 @@ fn a_tracer_that_dies_at_the_gate_leaves_the_process_working() {
             .spawn(|| {
                 let mut frozen = echo.freeze();
                 let pairs = [echo.substitution(server.as_fd())];
-                let armed = Armed::arm(&mut frozen, &echo.inspector(), &pairs, Deal::Within, soon()).unwrap();
+                let armed = Armed::arm(
+                    &mut frozen,
+                    Gear::new().unwrap(),
+                    &echo.inspector(),
+                    &pairs,
+                    Deal::Within,
+                    soon(),
+                )
+                .unwrap();
                 // As after SIGKILL: no Drop runs; the end of this thread detaches, and the gate closes.
                 std::mem::forget(frozen);
                 drop(armed);

@@ -11,7 +11,7 @@ use forwarder_api::{MAX_UNREAD_BYTES, Moved, Refusal};
 use super::{Finished, Member, Times, give_options, over, substitutions};
 use crate::{
     alarm::Alarms,
-    exchange::{Armed, Deal, Load, facts_while_frozen, wait_for_carried},
+    exchange::{Armed, Deal, Gear, Load, facts_while_frozen, wait_for_carried},
     freeze::{Frozen, nap},
     inspect::{Inspector, SocketFacts},
     options::{ReceiveRoom, acknowledge},
@@ -68,6 +68,7 @@ impl Local<'_> {
             return Err(Refusal::SharedMemory);
         }
         let _room = self.site.rooms.promise(tgids.len(), self.ends.len())?;
+        let gear = Gear::new()?;
         let alarms = Alarms::look(inspector, &tgids);
         let deadline = Instant::now() + self.budget;
         self.times.began = Some(Instant::now());
@@ -76,7 +77,7 @@ impl Local<'_> {
         let mut frozen = frozen?;
         self.times.frozen = Some(Instant::now());
         self.threads = frozen.threads() as u32;
-        let result = self.exchange(&mut frozen, inspector, deadline, gate_opened);
+        let result = self.exchange(&mut frozen, gear, inspector, deadline, gate_opened);
         self.times.thawed = Some(frozen.thaw());
         result
     }
@@ -84,6 +85,7 @@ impl Local<'_> {
     fn exchange(
         &mut self,
         frozen: &mut Frozen,
+        gear: Gear,
         inspector: &Inspector,
         deadline: Instant,
         gate_opened: &mut bool,
@@ -108,7 +110,7 @@ impl Local<'_> {
         let loads = carry.zip(&self.unread).map(|(carry, arriving)| Load { carry, arriving: *arriving });
         let loads: Vec<Load> = loads.collect();
         let pairs = substitutions(self.members, &facts);
-        let mut armed = Armed::arm(frozen, inspector, &pairs, Deal::Within, deadline)?;
+        let mut armed = Armed::arm(frozen, gear, inspector, &pairs, Deal::Within, deadline)?;
         if let Err(reason) = armed.load(frozen, &self.new, &loads, deadline) {
             armed.turn_back(frozen, &self.new);
             return Err(reason);
