@@ -5,8 +5,15 @@
 
 #include "identity.h"
 
+/* A socket that is to be looked at again. User space only hands it back. */
+struct watched {
+	__u64 cookie; /* no other socket has had it, or will */
+	__u64 sock;   /* its struct sock, which may be gone or another's: the cookie tells */
+};
+
 struct host_socket {
 	struct identity identity;
+	struct watched watched;
 	__u64 inode;
 	__u32 unacknowledged_bytes;
 	__u8 retransmissions; /* time-outs in a row, nothing new acknowledged since */

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What the modules with BPF programs share: their skeletons, and the records that iterators write.
+//! What the modules with BPF programs share: their skeletons, the records that iterators write, and how programs are run.
 
 use std::io::{self, Read};
 
-use libbpf_rs::{Iter, Link};
+use libbpf_rs::{Iter, Link, ProgramInput, ProgramMut};
 
 use crate::bytes::{Plain, from_bytes};
 
@@ -30,4 +30,11 @@ pub fn records<T: Plain>(iterator: &Link) -> io::Result<Vec<T>> {
     let mut bytes = Vec::new();
     Iter::new(iterator).map_err(io::Error::other)?.read_to_end(&mut bytes)?;
     Ok(bytes.chunks_exact(size_of::<T>()).filter_map(from_bytes).collect())
+}
+
+/// Run a program of the kind `raw_tp` in this thread, and return what it returns.
+pub fn run(program: &mut ProgramMut<'_>, arguments: &[u64]) -> Result<u32, libbpf_rs::Error> {
+    let mut context: Vec<u8> = arguments.iter().flat_map(|argument| argument.to_ne_bytes()).collect();
+    let input = ProgramInput { context_in: Some(&mut context), ..ProgramInput::default() };
+    program.test_run(input).map(|output| output.return_value)
 }

@@ -331,6 +331,8 @@ impl Coordinator {
         let event = match event {
             TraceEvent::HostSocketClosed(names) => Event::HostSocketClosed(names),
             TraceEvent::HostSocketWaits => {
+                // It may be one that the last walk has missed.
+                self.parts.watch.expect_more();
                 self.watch_at = self.watch_at.min(Instant::now() + WATCH_AFTER_WORD);
                 return;
             }

@@ -7,7 +7,7 @@
 
 mod reader;
 #[cfg(test)]
-mod tests;
+pub mod tests;
 mod young;
 
 use std::{

@@ -134,6 +134,7 @@ impl Coordinator {
     /// the forwarder finds one missing and refuses.
     fn named(&mut self, conn: ConnId, names: &[Names]) -> Vec<OwnedFd> {
         let lines = self.lines.remove(&conn).unwrap_or_default();
+        self.parts.watch.expect_more();
         for (socket, names) in lines.host.iter().zip(names) {
             if let Err(error) = self.parts.identity.set(socket, names) {
                 log::error!("{conn}: {error}");

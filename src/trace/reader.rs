@@ -17,7 +17,7 @@ use std::{
 
 use forwarder_api::SocketInode;
 use libbpf_rs::{
-    Link, MapCore, MapFlags, MapHandle, ProgramInput, ProgramMut, RingBuffer, RingBufferBuilder,
+    Link, MapCore, MapFlags, MapHandle, ProgramMut, RingBuffer, RingBufferBuilder,
     skel::{OpenSkel, SkelBuilder},
 };
 use mio::{Interest, Poll, Token, unix::SourceFd};
@@ -28,6 +28,7 @@ use super::{
     young::{Verdict, Young, judge},
 };
 use crate::{
+    bpf::run,
     bytes::{Plain, from_bytes, unmapped},
     identity::Names,
     rules::{After, RuleSet},
@@ -287,13 +288,6 @@ impl Reader<'_, '_> {
     fn lose(&self) {
         self.lost.fetch_add(1, Ordering::Relaxed);
     }
-}
-
-/// Run a program of ours in this thread, and return what it returns.
-fn run(program: &mut ProgramMut<'_>, arguments: &[u64]) -> Result<u32, libbpf_rs::Error> {
-    let mut context: Vec<u8> = arguments.iter().flat_map(|argument| argument.to_ne_bytes()).collect();
-    let input = ProgramInput { context_in: Some(&mut context), ..ProgramInput::default() };
-    program.test_run(input).map(|output| output.return_value)
 }
 
 // SAFETY: of `bpf/event.h`: integers and arrays of bytes, padding explicit.

@@ -66,7 +66,7 @@ fn a_short_or_unknown_record_is_odd() {
 }
 
 /// From now on nothing arrives at this socket, and nobody is told.
-fn lose_all(socket: &TcpStream) {
+pub fn lose_all(socket: &TcpStream) {
     let nothing = libc::sock_filter { code: (libc::BPF_RET | libc::BPF_K) as u16, jt: 0, jf: 0, k: 0 };
     let filter = libc::sock_fprog { len: 1, filter: (&raw const nothing).cast_mut() };
     let (at, length) = ((&raw const filter).cast(), size_of_val(&filter) as u32);
