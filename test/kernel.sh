@@ -9,6 +9,8 @@
 # Without them, those listed here run.
 tests=(
     forwarder/src/lib.rs             options::
+    src/lib.rs                       stall::tests
+    src/lib.rs                       trace::tests
     test/lab/tests/lab.rs            two_labs_with_the_same_addresses_are_up_at_once
     test/lab/tests/tracing.rs        traced
     test/lab/tests/young.rs          after_zero_swaps_at_once

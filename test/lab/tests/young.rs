@@ -85,7 +85,8 @@ fn after_zero_swaps_at_once() -> Result<()> {
     wait_for("a swap at both ends", DEADLINE, || {
         Ok((scene.lab.h1.status()?.swaps == 1 && scene.lab.h2.status()?.swaps == 1).then_some(()))
     })?;
-    ensure!(begin.elapsed() < Duration::from_secs(1), "swapped after {:?}", begin.elapsed());
+    // Before a scan, which comes every 30 s, was likely to show it.
+    ensure!(begin.elapsed() < Duration::from_secs(10), "swapped after {:?}", begin.elapsed());
     stream.finish()?;
     Ok(())
 }
