@@ -83,10 +83,12 @@ const AT_ONCE: u32 = 4;
 /// Between two looks at addresses and pods that may have changed, and at connections that may be over.
 const SURROUNDINGS: Duration = Duration::from_secs(2);
 const SCAN: Duration = Duration::from_secs(30);
-/// Between two looks at the host sockets, for those whose probes nobody answers: of time-outs the kernel tells. Then the look comes
-/// when all that is told by the same word has happened.
+/// Between two looks at the host sockets, for those whose probes nobody answers: of time-outs the kernel tells.
 const WATCH: Duration = Duration::from_secs(1);
+/// After its word, when all that the same word tells has happened (TELL_WAITS_NS of `bpf/event.h`), but not sooner after the look
+/// before: where thousands wait, a look takes many milliseconds, and there is a word all the time.
 const WATCH_AFTER_WORD: Duration = Duration::from_millis(60);
+const SHORTEST_WATCH: Duration = Duration::from_millis(300);
 /// How many translations are kept in one look at the surroundings: about a millisecond. For the most connections that there
 /// can be, each is kept every ten minutes.
 const KEPT_AT_ONCE: usize = 256;
@@ -188,7 +190,8 @@ struct Coordinator {
     leave: Leave,
     /// Whose translation was kept last.
     kept: Option<Tuple>,
-    /// When to look at the host sockets.
+    /// When the host sockets were looked at last, and when to look next.
+    watched_at: Instant,
     watch_at: Instant,
 }
 
@@ -254,6 +257,7 @@ pub async fn run(parts: Parts, mut inlets: Inlets) -> anyhow::Result<()> {
         to_made,
         leave: if parts.settings.leave { Leave::Always } else { Leave::Never },
         kept: None,
+        watched_at: Instant::now(),
         watch_at: Instant::now(),
         parts,
     };
@@ -333,7 +337,8 @@ impl Coordinator {
             TraceEvent::HostSocketWaits => {
                 // It may be one that the last walk has missed.
                 self.parts.watch.expect_more();
-                self.watch_at = self.watch_at.min(Instant::now() + WATCH_AFTER_WORD);
+                let soon = (Instant::now() + WATCH_AFTER_WORD).max(self.watched_at + SHORTEST_WATCH);
+                self.watch_at = self.watch_at.min(soon);
                 return;
             }
             TraceEvent::Connection(connection) => match self.parts.lookup.connection(&connection).await {
@@ -556,7 +561,8 @@ impl Coordinator {
 
     /// Is the host path of every swapped connection alive?
     async fn watch(&mut self) {
-        self.watch_at = Instant::now() + WATCH;
+        self.watched_at = Instant::now();
+        self.watch_at = self.watched_at + WATCH;
         if self.ledger.swapped() == 0 {
             return;
         }
