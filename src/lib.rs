@@ -26,6 +26,8 @@ mod seccomp;
 mod settings;
 mod stall;
 mod terminal;
+#[cfg(test)]
+mod testing;
 mod trace;
 mod trust;
 mod units;

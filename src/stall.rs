@@ -179,7 +179,6 @@ mod tests {
         mem::offset_of,
         net::{TcpListener, TcpStream},
         os::fd::AsFd as _,
-        time::Duration,
     };
 
     use nix::{
@@ -188,7 +187,10 @@ mod tests {
     };
 
     use super::{types::host_socket, *};
-    use crate::{identity, trace::tests::lose_all};
+    use crate::{
+        identity,
+        testing::{comes_true, give_names, lose_all},
+    };
 
     #[test]
     fn each_way_that_the_kernel_takes_shows_the_sockets_with_an_identity_and_no_others() {
@@ -196,9 +198,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let _without = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let with = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let [local, remote] = ["10.244.1.10:40000", "10.244.2.10:80"].map(|end| end.parse().unwrap());
-        let names = Names { swap: 7, local, remote };
-        names.write(&map, with.as_fd()).unwrap();
+        let names = give_names(&with, &map);
         for way in [Way::ByMap, Way::AmongAllOfNetwork] {
             let mut watch = match Watch::by(way, map.as_fd()) {
                 Err(StallError::Load(_)) if way == Way::ByMap => continue,
@@ -217,21 +217,14 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut with = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (server, _) = listener.accept().unwrap();
-        let [local, remote] = ["10.244.1.10:40000", "10.244.2.10:80"].map(|end| end.parse().unwrap());
-        Names { swap: 7, local, remote }.write(&map, with.as_fd()).unwrap();
+        let names = give_names(&with, &map);
         watch.host_sockets().unwrap();
         let known = watch.known.unwrap();
         assert!(!watch.any_has_waited(known).unwrap());
         lose_all(&server);
         with.write_all(b"lost").unwrap();
-        let wait_for = |seen: &mut dyn FnMut() -> bool| {
-            (0..100).any(|_| {
-                std::thread::sleep(Duration::from_millis(100));
-                seen()
-            })
-        };
-        assert!(wait_for(&mut || watch.any_has_waited(known).unwrap()));
-        assert!(wait_for(&mut || watch.stalled().unwrap().iter().any(|stalled| stalled.names.swap == 7)));
+        assert!(comes_true(|| watch.any_has_waited(known).unwrap()));
+        assert!(comes_true(|| watch.stalled().unwrap().iter().any(|stalled| stalled.names == names)));
         // Its end is a reset, and it does not stay to have its byte acknowledged.
         setsockopt(&with, Linger, &libc::linger { l_onoff: 1, l_linger: 0 }).unwrap();
         drop(with);

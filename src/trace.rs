@@ -7,7 +7,7 @@
 
 mod reader;
 #[cfg(test)]
-pub mod tests;
+mod tests;
 mod young;
 
 use std::{

@@ -3,11 +3,9 @@ use std::{
     io::Write as _,
     mem::offset_of,
     net::{TcpListener, TcpStream},
-    os::fd::{AsFd as _, AsRawFd as _},
+    os::fd::AsFd as _,
     time::Duration,
 };
-
-use nix::libc;
 
 use super::{
     reader::{
@@ -16,7 +14,10 @@ use super::{
     },
     *,
 };
-use crate::bytes::as_bytes;
+use crate::{
+    bytes::as_bytes,
+    testing::{comes_true, give_names, lose_all},
+};
 
 fn event(local: [u8; 16], v6: u8) -> types::connection_event {
     types::connection_event {
@@ -65,17 +66,6 @@ fn a_short_or_unknown_record_is_odd() {
     assert!(matches!(decode(&EVENT_HOST_SOCKET_WAITS.to_ne_bytes()), Record::HostSocketWaits));
 }
 
-/// From now on nothing arrives at this socket, and nobody is told.
-pub fn lose_all(socket: &TcpStream) {
-    let nothing = libc::sock_filter { code: (libc::BPF_RET | libc::BPF_K) as u16, jt: 0, jf: 0, k: 0 };
-    let filter = libc::sock_fprog { len: 1, filter: (&raw const nothing).cast_mut() };
-    let (at, length) = ((&raw const filter).cast(), size_of_val(&filter) as u32);
-    // SAFETY: setsockopt(2) reads a program of one instruction, which is there until it returns.
-    let attached =
-        unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, at, length) };
-    assert_eq!(attached, 0);
-}
-
 /// After 200, 400 and 800 ms on loopback.
 const THREE_TIME_OUTS: Duration = Duration::from_millis(1600);
 
@@ -100,12 +90,7 @@ fn a_host_socket_that_times_out_twice_is_told_and_no_other() {
     assert!(!std::iter::from_fn(|| told.try_recv().ok()).any(waits));
 
     let (mut host_socket, _server) = connect();
-    let [local, remote] = ["10.244.1.10:40000", "10.244.2.10:80"].map(|end| end.parse().unwrap());
-    Names { swap: 7, local, remote }.write(&identities, host_socket.as_fd()).unwrap();
+    give_names(&host_socket, &identities);
     host_socket.write_all(b"lost").unwrap();
-    let is_told = (0..100).any(|_| {
-        std::thread::sleep(Duration::from_millis(100));
-        std::iter::from_fn(|| told.try_recv().ok()).any(waits)
-    });
-    assert!(is_told);
+    assert!(comes_true(|| std::iter::from_fn(|| told.try_recv().ok()).any(waits)));
 }
