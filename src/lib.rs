@@ -121,10 +121,10 @@ fn obey(arguments: Arguments) -> Result<()> {
 }
 
 /// Memory that is kept between bursts.
-const KEPT_BYTES: i32 = 128 << 10;
+const KEPT_BYTES: usize = 128 << 10;
 
 fn start<F: Future<Output = Result<()>>>(settings: Settings, what: impl FnOnce(Settings) -> F) -> Result<()> {
-    memory::keep(KEPT_BYTES);
+    let kept = memory::keep(KEPT_BYTES);
     raise_descriptor_limit().context("raising RLIMIT_NOFILE")?;
     // Before the first thread, which inherits it, and before anything of the network is read.
     privileges::keep_only(&privileges::ROUTER)?;
@@ -132,6 +132,9 @@ fn start<F: Future<Output = Result<()>>>(settings: Settings, what: impl FnOnce(S
     // Of an API server that is away `cluster::Reach` tells, once.
     let silent = ["netlink", "kube_client"];
     let _log = logging::start(settings.log_level, settings.log_format, &silent);
+    if let Err(error) = kept {
+        log::warn!("{error}");
+    }
     // What libbpf prints explains our own errors.
     libbpf_rs::set_print(Some((libbpf_rs::PrintLevel::Debug, |_, text| log::debug!("{}", text.trim_end()))));
     let runtime =

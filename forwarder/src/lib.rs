@@ -101,10 +101,10 @@ pub fn main() -> ExitCode {
 }
 
 /// Memory that is kept between moves: it holds what most of them carry, several times.
-const CARRIED_BYTES: i32 = 16 << 20;
+const CARRIED_BYTES: usize = 16 << 20;
 
 fn run(arguments: &Arguments) -> Result<()> {
-    memory::keep(CARRIED_BYTES);
+    let kept = memory::keep(CARRIED_BYTES);
     probe()?;
     // Before the first thread, so that all inherit it: a stop must not come while a process is frozen.
     let mut stop = SigSet::empty();
@@ -113,6 +113,9 @@ fn run(arguments: &Arguments) -> Result<()> {
     stop.thread_block().context("signals cannot be blocked")?;
     privileges::keep_only(&privileges::FORWARDER)?;
     let _log = logging::start(arguments.log_level, arguments.log_format, &[]);
+    if let Err(error) = kept {
+        log::warn!("{error}");
+    }
     room::raise_limit().context("raising RLIMIT_NOFILE")?;
     let programs = inspect::Programs::load()?;
     let site = site::Site::new(programs).context("no epoll set")?;
