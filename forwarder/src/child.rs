@@ -232,10 +232,11 @@ mod tests {
         assert_eq!(panic.unwrap_err().downcast_ref::<&str>(), Some(&"in a child"));
     }
 
-    /// A forwarder that runs `work` in a child and is killed as soon as a byte comes from there: when did the last process
-    /// that has the pipe end, and what had it written by then?
+    /// A forwarder that runs `work` in a child and is killed as soon as a byte comes from there: how long after its start
+    /// did the last process that has the pipe end, and what had it written by then?
     fn killed_amid(work: impl FnOnce(&dyn Fn(&[u8]))) -> (Vec<u8>, Duration) {
         let (reader, writer) = pipe().unwrap();
+        let began = Instant::now();
         // SAFETY: this test's program has other threads: what the child does (mappings, system calls, memory by way of the C
         // library, which sees to forks) is no matter of theirs.
         match unsafe { fork() }.unwrap() {
@@ -251,11 +252,10 @@ mod tests {
                 let count = read(&reader, &mut bytes).unwrap();
                 let mut all = bytes[..count].to_vec();
                 kill(child, Signal::SIGKILL).unwrap();
-                let killed = Instant::now();
                 waitpid(child, None).unwrap();
                 loop {
                     match read(&reader, &mut bytes).unwrap() {
-                        0 => return (all, killed.elapsed()),
+                        0 => return (all, began.elapsed()),
                         count => all.extend_from_slice(&bytes[..count]),
                     }
                 }
@@ -287,7 +287,6 @@ mod tests {
             say(b"c");
         });
         assert_eq!(said, b"abbbbbbbbbb");
-        // It slept since before the kill.
-        assert!(after >= LONG / 2, "{after:?}");
+        assert!(after >= LONG, "{after:?}");
     }
 }
